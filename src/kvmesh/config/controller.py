@@ -1,0 +1,169 @@
+"""The controller's own settings, given as flags of `kvmesh controller`."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple, NoReturn
+
+from pydantic import BaseModel, ConfigDict
+
+from kvmesh.config.model import Port
+from kvmesh.config.values import PORT_MAX, is_loopback, parse_host, show
+from kvmesh.errors import ConfigError, ConfigProblem
+
+_FLAG = "--monitor-ports"
+_EXAMPLE = '{"pull": 8300, "reply": 8400, "heartbeat": 8082}'
+_PORT_NAMES = ("pull", "reply", "heartbeat")
+
+
+class MonitorPorts(NamedTuple):
+    """The controller's ZMQ ports; 0 means any free one. Without a heartbeat port heartbeats come with the events."""
+
+    pull: int
+    reply: int
+    heartbeat: int | None = None
+
+
+DEFAULT_MONITOR_PORTS = MonitorPorts(pull=8300, reply=8400)
+
+
+class ControllerConfig(BaseModel):
+    """The resolved settings of one controller. Immutable. Made by `make_controller_config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "localhost"
+    """Address that the page and all ZMQ sockets bind."""
+    port: Port = 9000
+    """HTTP: API, metrics, page. 0: any free port."""
+    pull_port: Port = DEFAULT_MONITOR_PORTS.pull
+    reply_port: Port = DEFAULT_MONITOR_PORTS.reply
+    heartbeat_port: Port | None = DEFAULT_MONITOR_PORTS.heartbeat
+    heartbeat_interval_s: float = 2.0
+    """What the nodes are expected to keep; they have the same key."""
+    instance_timeout_s: float = 7.0
+    """An instance not heard of for so long is dropped, with its chunks."""
+    insecure: bool = False
+    warnings: tuple[str, ...] = ()
+    """To be logged once by whoever starts the controller."""
+
+
+def parse_monitor_ports(text: str) -> MonitorPorts:
+    """Read the flag `--monitor-ports '{"pull": 8300, "reply": 8400, "heartbeat": 8082}'`; heartbeat may be left out.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        ports = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as error:
+        hint = "put the whole value in single quotes and the names in double quotes"
+        _refuse([ConfigProblem(_FLAG, "flag", f"JSON such as {_EXAMPLE}", f"{show(text)} ({error})", hint)])
+    if not isinstance(ports, dict):
+        _refuse([ConfigProblem(_FLAG, "flag", f"a JSON object such as {_EXAMPLE}", show(text))])
+    problems = []
+    for name, port in ports.items():
+        if name not in _PORT_NAMES:
+            problems.append(ConfigProblem(f"{_FLAG} {name}", "flag", f"one of {', '.join(_PORT_NAMES)}", show(name)))
+        elif not _is_port(port) and not (name == "heartbeat" and port is None):
+            expected = f"a port from 0 to {PORT_MAX} (0: any free one)"
+            problems.append(ConfigProblem(f"{_FLAG} {name}", "flag", expected, show(port)))
+    problems += [
+        ConfigProblem(f"{_FLAG} {name}", "flag", "a port", "none", f"as in {_EXAMPLE}")
+        for name in ("pull", "reply")
+        if name not in ports
+    ]
+    if problems:
+        _refuse(problems)
+    return MonitorPorts(ports["pull"], ports["reply"], ports.get("heartbeat"))
+
+
+def make_controller_config(
+    *,
+    host: str = "localhost",
+    port: int = 9000,
+    monitor_ports: MonitorPorts | str = DEFAULT_MONITOR_PORTS,
+    heartbeat_interval_s: float = 2.0,
+    instance_timeout_s: float | None = None,
+    insecure: bool = False,
+) -> ControllerConfig:
+    """Check the controller's flags and put them together.
+
+    Args:
+        host: address to bind.
+        port: HTTP port.
+        monitor_ports: parsed, or the text of the flag.
+        heartbeat_interval_s: seconds between heartbeats of a node.
+        instance_timeout_s: None: three heartbeats and a second.
+        insecure: says that binding beyond loopback is meant.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[ConfigProblem] = []
+    ports = DEFAULT_MONITOR_PORTS
+    try:
+        ports = parse_monitor_ports(monitor_ports) if isinstance(monitor_ports, str) else monitor_ports
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        host = parse_host(host)
+    except ValueError as error:
+        problems.append(ConfigProblem("--host", "flag", "a host name or an IP address", show(host), str(error)))
+    if not _is_port(port):
+        problems.append(ConfigProblem("--port", "flag", f"a port from 0 to {PORT_MAX} (0: any free one)", show(port)))
+    problems += _equal_ports({"--port": port, **{f"{_FLAG} {name}": getattr(ports, name) for name in _PORT_NAMES}})
+    timeout_s = 3 * heartbeat_interval_s + 1 if instance_timeout_s is None else instance_timeout_s
+    if not 0 < heartbeat_interval_s < float("inf"):
+        problems.append(
+            ConfigProblem("heartbeat_interval_s", "flag", "a number of seconds above 0", show(heartbeat_interval_s))
+        )
+    elif not 2 * heartbeat_interval_s <= timeout_s < float("inf"):
+        expected = f"at least twice heartbeat_interval_s, {2 * heartbeat_interval_s:g}"
+        problems.append(ConfigProblem("instance_timeout_s", "flag", expected, show(timeout_s)))
+    if problems:
+        _refuse(problems)
+    return ControllerConfig(
+        host=host,
+        port=port,
+        pull_port=ports.pull,
+        reply_port=ports.reply,
+        heartbeat_port=ports.heartbeat,
+        heartbeat_interval_s=heartbeat_interval_s,
+        instance_timeout_s=timeout_s,
+        insecure=insecure,
+        warnings=() if is_loopback(host) else (_exposed(host, insecure=insecure),),
+    )
+
+
+def _exposed(host: str, *, insecure: bool) -> str:
+    risk = f"whoever reaches {host} can change the directory and use the API, because no cluster key protects it"
+    if insecure:
+        return f"INSECURE: {risk}; insecure says that this is meant"
+    return f"INSECURE: {risk}; bind localhost, or say insecure if it is meant (later versions will insist)"
+
+
+def _equal_ports(ports: dict[str, int | None]) -> list[ConfigProblem]:
+    problems = []
+    taken: dict[int, str] = {}
+    for name, port in ports.items():
+        if not port:
+            continue  # not bound, or any free one
+        if port in taken:
+            problems.append(ConfigProblem(name, "flag", f"another port than {taken[port]}", str(port)))
+        taken.setdefault(port, name)
+    return problems
+
+
+def _is_port(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= PORT_MAX
+
+
+def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return dict(pairs)
+
+
+def _refuse(problems: list[ConfigProblem]) -> NoReturn:
+    raise ConfigError(problems)

@@ -1,0 +1,401 @@
+"""Every key of the configuration, with its type, default, aliases and meaning: `KVMeshConfig`.
+
+`load_config` makes the object and checks what does not go together; constructing it directly checks single values only,
+which is what tests, benchmarks and a node without a directory need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from kvmesh.config.keys import ConfigRow, KeyInfo, key, read_key
+from kvmesh.config.ranks import ports_for_rank
+from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_redis_url, parse_tcp_url, split_list
+from kvmesh.errors import ConfigError, ConfigProblem
+
+DirectoryKind = Literal["controller", "redis", "static", "none"]
+TransferChannel = Literal["auto", "tcp", "shm", "nixl"]
+CachePolicyName = Literal["lru", "arc"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
+
+PORT_KEYS = ("peer_port", "lookup_port", "admin_port")
+"""Keys that take one port, or a list with one port per data-parallel rank."""
+
+PEER_LOCATIONS = frozenset({"p2pbackend", "peers"})
+POOL_LOCATIONS = frozenset({"localcpubackend", "pool"})
+
+ID_MAX_CHARACTERS = 128
+_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]*$"
+_GIB = 1024**3
+
+
+_BOOL = "true or false"
+_PORT = f"a port from 0 to {PORT_MAX} (0: any free one), or a list of them, one per data-parallel rank"
+_TCP_URL = "host:port or tcp://host:port"
+_SECONDS = "a number of seconds above 0"
+
+
+class KVMeshConfig(BaseModel):
+    """The resolved configuration of one instance: engine and node. Immutable; safe to share between threads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # Who we are
+    instance_id: str | None = key(
+        None,
+        "Name of this instance, unique in the cluster.",
+        allowed=f"letters, digits and . _ : @ / -, at most {ID_MAX_CHARACTERS}, starting with a letter or digit",
+        aliases=("lmcache_instance_id",),
+        shown_default="host name, process id and a random part",
+        pattern=_ID_PATTERN,
+        max_length=ID_MAX_CHARACTERS,
+    )
+
+    # What is cached
+    chunk_tokens: int = key(
+        256,
+        "Tokens per chunk, the unit of sharing. A multiple of vLLM's block size, equal on all instances that share.",
+        allowed="a whole number of tokens from 1 to 1048576",
+        aliases=("chunk_size",),
+        ge=1,
+        le=1 << 20,
+    )
+    pool_enabled: bool = key(
+        True,
+        "Keep KV in the host pool. Sharing needs it: peers read from the pool.",
+        allowed=_BOOL,
+        aliases=("local_cpu",),
+    )
+    pool_size_gb: float = key(
+        5.0,
+        "Size of the host pool, in units of 1024**3 bytes (as LMCache counts them).",
+        allowed="a number above 0 and at most 1048576, in units of 1024**3 bytes",
+        aliases=("max_local_cpu_size",),
+        gt=0,
+        le=1 << 20,
+    )
+    cache_policy: CachePolicyName = key("lru", "Which chunk leaves a full pool first.", allowed="lru or arc")
+    save_decode_cache: bool = key(
+        False, "Also keep (and share) the KV of generated tokens, not only of prompts.", allowed=_BOOL
+    )
+    async_loading: bool = key(
+        True,
+        "Loads never block the scheduler. Always so; the key exists so that LMCache's files load.",
+        allowed="true",
+        aliases=("enable_async_loading",),
+    )
+
+    # Sharing: where peers find us
+    share: bool = key(
+        True,
+        "Share with peers. false: the host pool serves this instance alone.",
+        allowed=_BOOL,
+        aliases=("enable_p2p",),
+    )
+    host: str = key(
+        "127.0.0.1",
+        "Address the node binds.",
+        allowed="a host name or an IP address",
+        aliases=("p2p_host",),
+    )
+    advertise_host: str = key(
+        lambda data: data.get("host", "127.0.0.1"),
+        "Address that peers are told to connect to; set it when it differs from the bound one.",
+        allowed="a host name or an IP address that peers can reach",
+        shown_default="the value of host",
+    )
+    peer_port: Port = key(
+        0,
+        "Port for peers: handshake and chunks.",
+        allowed=_PORT,
+        aliases=("p2p_init_ports", "p2p_init_port", "peer_init_ports"),
+    )
+    lookup_port: Port | None = key(
+        None,
+        "Port for lookups asked directly, when no directory can be reached. Not bound unless set.",
+        allowed=_PORT,
+        aliases=("p2p_lookup_ports", "p2p_lookup_port", "peer_lookup_ports"),
+        shown_default="not bound",
+    )
+    admin_port: Port | None = key(
+        None,
+        "Port of the node's health and metrics pages. Not bound unless set.",
+        allowed=_PORT,
+        aliases=("lmcache_worker_ports", "lmcache_worker_port"),
+        shown_default="not bound",
+    )
+    insecure: bool = key(
+        False,
+        "Says that binding beyond loopback without a cluster key is meant: whoever reaches the ports can read KV.",
+        allowed=_BOOL,
+    )
+    cluster_key_file: str | None = key(
+        None,
+        "File with the key that authenticates the members of a cluster. Not available in this version.",
+        allowed="the path of a file",
+        shown_default="none",
+        min_length=1,
+    )
+
+    # Sharing: how we find peers
+    controller_pull_url: str | None = key(
+        None,
+        "The controller's event socket (`pull` of its --monitor-ports).",
+        allowed=_TCP_URL,
+        aliases=("controller_url",),
+        shown_default="none",
+    )
+    controller_reply_url: str | None = key(
+        None,
+        "The controller's request socket (`reply` of its --monitor-ports).",
+        allowed=_TCP_URL,
+        shown_default="none",
+    )
+    controller_heartbeat_url: str | None = key(
+        None,
+        "The controller's heartbeat socket, if it has one; else heartbeats go to the event socket.",
+        allowed=_TCP_URL,
+        shown_default="none",
+    )
+    enable_controller: bool = key(
+        lambda data: data.get("controller_pull_url") is not None,
+        "Use the controller as directory.",
+        allowed=_BOOL,
+        shown_default="true if controller_pull_url is set",
+    )
+    lookup_url: str | None = key(
+        None,
+        "Redis or Valkey as directory. Not available in this version.",
+        allowed="redis://..., rediss://... or host:port",
+        shown_default="none",
+        repr=False,  # may hold a password
+    )
+    distributed_url: str | None = key(
+        None,
+        "Own address as announced through Redis. Not available in this version.",
+        allowed=_TCP_URL,
+        shown_default="none",
+    )
+    static_peers: tuple[str, ...] = key(
+        (),
+        "Peers to ask without any directory. Not available in this version.",
+        allowed=f"a list of {_TCP_URL}",
+        shown_default="none",
+    )
+    heartbeat_interval_s: float = key(
+        2.0,
+        "Seconds between two heartbeats of the node to the directory.",
+        allowed=_SECONDS,
+        aliases=("lmcache_worker_heartbeat_time",),
+        gt=0,
+    )
+    instance_timeout_s: float = key(
+        lambda data: 3 * data.get("heartbeat_interval_s", 2.0) + 1,
+        "An instance not heard of for so many seconds is taken for dead, and its chunks are forgotten.",
+        allowed="a number of seconds, at least twice heartbeat_interval_s",
+        shown_default="3 * heartbeat_interval_s + 1",
+        gt=0,
+    )
+    lookup_timeout_s: float = key(
+        3.0,
+        "Longest wait of the node for one answer of the directory. Nothing in the engine waits for it: there, a lookup "
+        "reads the local replica. (lookup_timeout_ms: the same in milliseconds.)",
+        allowed=_SECONDS,
+        aliases=("lookup_timeout_ms",),
+        gt=0,
+    )
+
+    # Sharing: how chunks move
+    transfer_channel: TransferChannel = key(
+        "auto",
+        "How chunks move between nodes. shm is not available in this version.",
+        allowed="auto, tcp, shm or nixl",
+    )
+    fetch_timeout_s: float = key(
+        10.0, "Longest time for one request's fetch; what has arrived by then is used.", allowed=_SECONDS, gt=0
+    )
+    stall_timeout_s: float = key(
+        1.0, "A peer that sends no byte for so many seconds is given up.", allowed=_SECONDS, gt=0
+    )
+    fetch_connections: int = key(2, "TCP connections to one peer.", allowed="a whole number from 1 to 64", ge=1, le=64)
+    verify_checksum: bool = key(
+        True, "Compare every chunk that arrives with the checksum of its holder.", allowed=_BOOL
+    )
+    min_retrieve_tokens: int = key(
+        0, "Do not fetch for fewer tokens than this.", allowed="a whole number of tokens, 0 or more", ge=0
+    )
+    retrieve_locations: tuple[str, ...] = key(
+        (),
+        "Where hits may come from: pool, peers (LMCache's LocalCPUBackend, P2PBackend). Without peers this instance "
+        "publishes and fetches nothing.",
+        allowed="a list of: pool, peers, LocalCPUBackend, P2PBackend",
+        shown_default="everywhere",
+    )
+    negative_cache_s: float = key(
+        2.0,
+        "A chunk that could not be fetched is not tried again for so many seconds.",
+        allowed="a number of seconds, 0 or more",
+        ge=0,
+    )
+    nixl_backends: tuple[str, ...] = key(
+        ("UCX",),
+        "NIXL backends, in order of preference.",
+        allowed="a list of NIXL backend names",
+        shown_default="UCX",
+        min_length=1,
+    )
+
+    log_level: LogLevel = key("info", "How much engine side and node log.", allowed="debug, info, warning or error")
+
+    # Not keys: how this object came about
+    port_lists: Mapping[str, tuple[Port, ...]] = {}
+    """Ports per data-parallel rank, for each port key that was given as a list; the key itself holds the first."""
+    data_parallel_rank: int | None = None
+    """Set by `for_data_parallel_rank`."""
+    warnings: tuple[str, ...] = ()
+    """What a person should know but need not stop for. To be logged once, by whoever loaded the configuration."""
+    sources: Mapping[str, str] = Field(default={}, repr=False)
+    """Where each key's value came from: "file:line", "env NAME", "extra". A key that is missing has its default."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Python counts True as 1, so `chunk_size: True` would pass as one token.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false mean nothing for this key")
+        return value
+
+    @field_validator("cache_policy", "transfer_channel", "log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.strip().lower() if isinstance(value, str) else value
+
+    @field_validator("static_peers", "retrieve_locations", "nixl_backends", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return split_list(value)
+
+    @field_validator("async_loading")
+    @classmethod
+    def _only_async(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("remove the key: loads never block the scheduler here, there is no other mode")
+        return value
+
+    @field_validator("host", "advertise_host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        return parse_host(value)
+
+    @field_validator("controller_pull_url", "controller_reply_url", "controller_heartbeat_url", "distributed_url")
+    @classmethod
+    def _tcp_url(cls, value: str | None) -> str | None:
+        return None if value is None else parse_tcp_url(value)
+
+    @field_validator("lookup_url")
+    @classmethod
+    def _redis_url(cls, value: str | None) -> str | None:
+        return None if value is None else parse_redis_url(value)
+
+    @field_validator("static_peers")
+    @classmethod
+    def _peers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(parse_tcp_url(peer) for peer in value))
+
+    @property
+    def pool_size_bytes(self) -> int:
+        """Size of the host pool in bytes; 0 when it is off."""
+        return int(self.pool_size_gb * _GIB) if self.pool_enabled else 0
+
+    @property
+    def directory(self) -> DirectoryKind:
+        """Which directory tells us who holds what; "none" when sharing is off too."""
+        if not self.share:
+            return "none"
+        if self.enable_controller:
+            return "controller"
+        if self.lookup_url is not None:
+            return "redis"
+        return "static" if self.static_peers else "none"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether this instance pulls from peers. It publishes whenever `share` is on."""
+        locations = {location.lower() for location in self.retrieve_locations}
+        return self.share and (not locations or not PEER_LOCATIONS.isdisjoint(locations))
+
+    def for_data_parallel_rank(self, rank: int, data_parallel_size: int | None = None) -> KVMeshConfig:
+        """The configuration of one data-parallel rank, which is an instance of its own.
+
+        The id gets `-dp{rank}` as suffix (one that is to be made up later stays None). A port that was given as a list
+        is taken from there by rank; another is offset by the rank, except 0 (any free port).
+
+        Args:
+            rank: this engine's data-parallel rank, from 0.
+            data_parallel_size: how many ranks there are; 1 changes nothing. None: more than one.
+
+        Raises:
+            ConfigError: a list is too short, or ports of two ranks would meet.
+        """
+        if data_parallel_size == 1 and rank == 0:
+            return self
+        if self.data_parallel_rank is not None or rank < 0:
+            raise ValueError(f"rank {rank} of a configuration that is for rank {self.data_parallel_rank} already")
+        ports: dict[str, int | None] = {name: getattr(self, name) for name in PORT_KEYS}
+        changed: dict[str, object] = {
+            **ports_for_rank(ports, self.port_lists, self.sources, rank),
+            "port_lists": {},
+            "data_parallel_rank": rank,
+        }
+        if self.instance_id is not None:
+            changed["instance_id"] = name = f"{self.instance_id}-dp{rank}"
+            if len(name) > ID_MAX_CHARACTERS:
+                expected = f"at most {ID_MAX_CHARACTERS} characters with the suffix of the rank"
+                raise ConfigError(
+                    [ConfigProblem("instance_id", self.sources.get("instance_id", ""), expected, repr(name))]
+                )
+        return self.model_copy(update=changed)
+
+    def to_wire(self) -> bytes:
+        """The whole object as JSON, for handing it to a child process. May hold a password: use a pipe, not argv."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_wire(cls, data: bytes) -> KVMeshConfig:
+        """The inverse of `to_wire`. Raises ConfigError on anything else."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            problems = [
+                ConfigProblem(".".join(map(str, item["loc"])) or "wire form", "wire", "what to_wire made", item["msg"])
+                for item in error.errors(include_url=False, include_input=False)
+            ]
+            raise ConfigError(problems) from None
+
+    def describe(self) -> list[ConfigRow]:
+        """Every key with value, source and meaning, in the order of the documentation, passwords masked."""
+        return [
+            ConfigRow(name, _plain(getattr(self, name)), self.sources.get(name, "default"), info.meaning)
+            for name, info in KEYS.items()
+        ]
+
+
+def _plain(value: object) -> str | int | float | bool | list[str] | None:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, tuple):
+        return [mask_secrets(str(item)) for item in value]
+    return mask_secrets(str(value))
+
+
+KEYS: Mapping[str, KeyInfo] = {
+    name: info for name, field in KVMeshConfig.model_fields.items() if (info := read_key(name, field)) is not None
+}
+"""Every key by its own name, in the order of the documentation."""
+
+OWN_NAMES: Mapping[str, str] = {written: info.name for info in KEYS.values() for written in (info.name, *info.aliases)}
+"""The own name of every key, by each name it may be written with."""

@@ -1,0 +1,230 @@
+"""The controller's HTTP API: health, metrics, and `/api/v1`. `docs/api.md` shows each call.
+
+Handlers run on the loop that owns the registry, so they read it without a lock and never wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from kvmesh import __version__
+from kvmesh.controller import views
+from kvmesh.controller.feed import Feed
+from kvmesh.controller.instances import FormatGroup
+from kvmesh.controller.metrics import ControllerMetrics
+from kvmesh.controller.registry import Registry
+from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES, ChunkKey, check_key
+
+MAX_LOOKUP_KEYS = 10_000
+ENDPOINTS = (
+    "GET /healthz",
+    "GET /metrics",
+    "GET /api/v1/instances",
+    "GET /api/v1/instances/{instance_id}",
+    "GET /api/v1/incompatibilities",
+    "GET /api/v1/lookup",
+    "POST /api/v1/lookup",
+    "GET /api/v1/fetches",
+    "GET /api/v1/totals",
+    "GET /openapi.json",
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What API and page look at."""
+
+    registry: Registry
+    feed: Feed
+    clock: Callable[[], float] = time.monotonic
+    started_at_s: float = field(default_factory=time.monotonic)
+
+    def health(self) -> views.HealthView:
+        """What `/healthz` says."""
+        problems = self.feed.problems()
+        return views.HealthView(
+            status="unhealthy" if problems else "ok",
+            incarnation=self.registry.incarnation,
+            uptime_s=max(0.0, self.clock() - self.started_at_s),
+            instances=len(self.registry.instances),
+            problems=problems,
+        )
+
+
+class ApiError(Exception):
+    """Becomes a JSON answer that says what is wrong and what to do."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class ErrorBody(BaseModel):
+    """What is wrong, and what to do about it."""
+
+    code: str
+    message: str
+    hint: str
+
+
+class ErrorView(BaseModel):
+    """Every answer from 400 on."""
+
+    error: ErrorBody
+
+
+class LookupRequest(BaseModel):
+    """Body of a lookup by POST, for more keys than fit into an address."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keys: list[str] = Field(max_length=MAX_LOOKUP_KEYS, description="Chunk keys in hexadecimal, in prefix order.")
+    format_id: str | None = Field(None, description="Only this format.")
+
+
+def create_app(context: Context) -> FastAPI:
+    """The API as an application. The web page is mounted beside it by `kvmesh.controller.ui`."""
+    app = FastAPI(
+        title="kvmesh controller",
+        version=__version__,
+        description="Who is a member of the cluster, and who holds which KV chunks.",
+        docs_url=None,  # the usual pages load their scripts from the internet; /openapi.json is all there is to say
+        redoc_url=None,
+        responses={404: {"model": ErrorView}, 422: {"model": ErrorView}},
+    )
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    metrics = ControllerMetrics(context.registry, context.feed, context.clock)
+
+    @app.get("/healthz", response_model=views.HealthView, responses={503: {"model": views.HealthView}}, tags=["health"])
+    async def healthz() -> JSONResponse:
+        """200 while everything works; 503 with the problems when a part of the controller has died."""
+        health = context.health()
+        return JSONResponse(health.model_dump(), status_code=503 if health.problems else 200)
+
+    @app.get("/metrics", tags=["health"], response_class=Response)
+    async def prometheus() -> Response:
+        """Prometheus metrics, named kvmesh_controller_*."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    app.include_router(_version_1(context), prefix="/api/v1")
+
+    @app.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def unknown(request: Request) -> None:
+        raise ApiError(
+            404, "unknown_endpoint", f"there is no {request.method} {request.url.path}", "known: " + ", ".join(ENDPOINTS)
+        )
+
+    return app
+
+
+def _version_1(context: Context) -> APIRouter:
+    router = APIRouter(tags=["v1"])
+    registry, clock = context.registry, context.clock
+
+    @router.get("/instances")
+    async def instances() -> views.InstancesView:
+        """All members with state, pool use, counters and incompatibilities, and who has gone in the last minutes."""
+        return views.instances_view(registry, clock())
+
+    @router.get("/instances/{instance_id:path}")
+    async def instance(instance_id: str) -> views.InstanceView:
+        """One member."""
+        found = registry.instances.get(instance_id)
+        if found is None:
+            raise ApiError(
+                404, "unknown_instance", f"no member has the id {instance_id!r}", "GET /api/v1/instances lists all"
+            )
+        return views.instance_view(registry, found, clock())
+
+    @router.get("/incompatibilities")
+    async def incompatibilities() -> list[views.IncompatibilityView]:
+        """Pairs of members that cannot share KV, with the fields that differ. Those of one model name come first."""
+        pairs = sorted(registry.incompatibilities(), key=lambda pair: not pair.same_model)
+        return views.incompatibility_views(pairs)
+
+    @router.get("/lookup")
+    async def lookup(
+        keys: Annotated[str, Query(description="Chunk keys in hexadecimal, in prefix order, separated by commas.")],
+        format_id: Annotated[str | None, Query(description="Only this format.")] = None,
+    ) -> views.LookupView:
+        """Who holds these chunks, and how long the prefix is that can be fetched."""
+        return _lookup(registry, [part for part in keys.split(",") if part], format_id)
+
+    @router.post("/lookup")
+    async def lookup_many(body: LookupRequest) -> views.LookupView:
+        """As GET, for many keys."""
+        return _lookup(registry, body.keys, body.format_id)
+
+    @router.get("/fetches")
+    async def fetches() -> list[views.FetchView]:
+        """The last 200 finished fetches, newest first."""
+        now_s = clock()
+        return [views.fetch_view(record, now_s) for record in reversed(registry.activity.recent)]
+
+    @router.get("/totals")
+    async def totals() -> views.TotalsView:
+        """Sums over the cluster."""
+        return views.totals_view(registry)
+
+    return router
+
+
+def _lookup(registry: Registry, texts: Sequence[str], format_id: str | None) -> views.LookupView:
+    if len(texts) > MAX_LOOKUP_KEYS:
+        raise ApiError(422, "too_many_keys", f"{len(texts)} keys in one lookup", f"ask for {MAX_LOOKUP_KEYS} at a time")
+    keys = [_parse_key(text) for text in texts]
+    return views.lookup_view(_groups(registry, format_id), keys)
+
+
+def _groups(registry: Registry, format_id: str | None) -> list[FormatGroup]:
+    if format_id is None:
+        return list(registry.groups.values())
+    found = registry.groups.get(format_id)
+    if found is None:
+        known = ", ".join(registry.groups) or "none: there are no members"
+        raise ApiError(404, "unknown_format", f"no member has the format {format_id!r}", f"known formats: {known}")
+    return [found]
+
+
+def _parse_key(text: str) -> ChunkKey:
+    try:
+        return check_key(bytes.fromhex(text.strip()))
+    except ValueError as error:
+        hint = f"a key is {KEY_MIN_BYTES} to {KEY_MAX_BYTES} bytes in hexadecimal: the block hash and the group index"
+        raise ApiError(422, "bad_key", f"{text[:100]!r} is no chunk key: {error}", hint) from None
+
+
+def _error(status: int, code: str, message: str, hint: str) -> JSONResponse:
+    return JSONResponse(ErrorView(error=ErrorBody(code=code, message=message, hint=hint)).model_dump(), status)
+
+
+def _answer_api_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return _error(error.status, error.code, error.message, error.hint)
+
+
+def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
+    return _error(422, "bad_request", told, "GET /openapi.json describes every call")
+
+
+def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _error(error.status_code, "http_error", message, "known: " + ", ".join(ENDPOINTS))

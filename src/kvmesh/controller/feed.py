@@ -1,0 +1,267 @@
+"""The controller's ZMQ sockets: frames in, the registry's answers out.
+
+Plain ZMQ sockets on the asyncio loop, not `zmq.asyncio`: a fan-out is thousands of sends in a row, each of which must say at once
+whether its receiver can take it, and a future for each would cost more than the send.
+
+Whatever comes in, however wrong, costs its sender one log line and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import zmq
+
+from kvmesh.controller.instances import Peer, Send, SocketName
+from kvmesh.controller.log import LogLimiter, log
+from kvmesh.controller.registry import Registry, SendFailure
+from kvmesh.controller.sockets import Sockets
+from kvmesh.wire import directory as wire
+
+logger = logging.getLogger(__name__)
+
+BATCH_MESSAGES = 100
+BATCH_S = 0.01
+"""One socket's turn on the loop ends after so many messages or so long, whichever comes first."""
+SNAPSHOT_PAUSE_S = 0.02
+"""Requests for snapshots gather for so long, so that members that come together share one encoding."""
+SHARED_FRAME_BYTES = 64 * 1024
+"""From here on a frame is shared between the queues of its receivers; below, copying it is cheaper."""
+
+
+class FeedStatistics(NamedTuple):
+    """Counts since the start. `received` is by socket and kind of message, `malformed` by socket."""
+
+    received: dict[tuple[str, str], int]
+    malformed: dict[str, int]
+    handler_errors: int
+    sent_frames: int
+    sent_bytes: int
+    send_failures: dict[str, int]
+
+
+class Intake:
+    """Takes what one socket receives, some at a time, and hands each message's frames to `handle`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
+        self._socket = socket
+        self._handle = handle
+        self._readable = asyncio.Event()
+
+    def wake(self) -> None:
+        """Look again. Needed after every send: it may have used up the signal that something can be read."""
+        self._readable.set()
+
+    async def run(self) -> None:
+        """Until cancelled. `handle` must not raise."""
+        loop = asyncio.get_running_loop()
+        descriptor = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(descriptor, self._readable.set)
+        self._readable.set()
+        try:
+            while True:
+                await self._readable.wait()
+                self._readable.clear()
+                while not self._drain():
+                    await asyncio.sleep(0)  # others' turn
+        finally:
+            loop.remove_reader(descriptor)
+
+    def _drain(self) -> bool:
+        """Take a batch. True when nothing is left."""
+        until_s = time.monotonic() + BATCH_S
+        for _ in range(BATCH_MESSAGES):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return True
+            self._handle(frames)
+            if time.monotonic() > until_s:
+                break
+        return False
+
+
+class Feed:
+    """Joins the registry to the sockets. One per controller; everything runs on the loop on which `start` was called."""
+
+    def __init__(self, registry: Registry, sockets: Sockets, clock: Callable[[], float] = time.monotonic) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._routers: dict[SocketName, zmq.Socket[bytes]] = {"reply": sockets.reply}
+        if sockets.heartbeat is not None:
+            self._routers["heartbeat"] = sockets.heartbeat
+        self._intakes = {
+            name: Intake(router, lambda frames, name=name: self._guard(name, frames))  # type: ignore[misc]
+            for name, router in self._routers.items()
+        }
+        self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames))
+        self._owed = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._limiter = LogLimiter()
+        self._received: Counter[tuple[str, str]] = Counter()
+        self._malformed: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._handler_errors = 0
+        self._sent_frames = 0
+        self._sent_bytes = 0
+
+    def start(self) -> None:
+        """Start taking messages. The loop must be running."""
+        work = {f"intake_{name}": intake.run() for name, intake in self._intakes.items()}
+        work |= {"intake_pull": self._pull.run(), "ticker": self._tick(), "snapshots": self._send_owed()}
+        for name, coroutine in work.items():
+            task = self._tasks[name] = asyncio.create_task(coroutine, name=f"feed_{name}")
+            task.add_done_callback(_log_death)
+
+    async def stop(self) -> None:
+        """End all tasks. The sockets stay open: they are their maker's to close."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def problems(self) -> list[str]:
+        """What is broken here, in words; empty when all is well."""
+        if not self._tasks:
+            return ["the feed has not been started"]
+        return [f"task {name} has ended: no messages are handled there" for name, task in self._tasks.items() if task.done()]
+
+    def statistics(self) -> FeedStatistics:
+        return FeedStatistics(
+            dict(self._received),
+            dict(self._malformed),
+            self._handler_errors,
+            self._sent_frames,
+            self._sent_bytes,
+            dict(self._failures),
+        )
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    def _guard(self, socket: SocketName | str, frames: list[zmq.Frame]) -> None:
+        """Handle one message; nothing that goes wrong with it gets out of here."""
+        try:
+            if socket == "pull":
+                self._on_event(frames)
+            else:
+                self._on_request("heartbeat" if socket == "heartbeat" else "reply", frames)
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+            self._malformed[socket] += 1
+            self._complain("malformed_message", socket, frames, error)
+        except Exception as error:
+            self._handler_errors += 1
+            self._complain("handler_error", socket, frames, error)
+
+    def _on_request(self, socket: SocketName, frames: list[zmq.Frame]) -> None:
+        if len(frames) != 2:
+            raise ValueError(f"{len(frames) - 1} frames instead of one: connect a DEALER")
+        request = wire.request_decoder.decode(frames[1].buffer)
+        self._received[socket, type(request).__name__] += 1
+        now_s = self._clock()
+        self.send(self._registry.on_request(request, Peer(socket, frames[0].bytes), now_s), now_s)
+        if isinstance(request, (wire.Register, wire.SnapshotRequest)):
+            self._owed.set()
+
+    def _on_event(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) != 1:
+            raise ValueError(f"{len(frames)} frames instead of one")
+        frame = frames[0].bytes
+        event = wire.event_decoder.decode(frame)
+        self._received["pull", type(event).__name__] += 1
+        now_s = self._clock()
+        self.send(self._registry.on_event(event, frame, now_s), now_s)
+        if isinstance(event, wire.Snapshot) and event.last:
+            self._owed.set()
+
+    def _complain(self, event: str, socket: str, frames: list[zmq.Frame], error: Exception) -> None:
+        address = _address(frames)
+        suppressed = self._limiter.allow(f"{event} {socket} {address}", self._clock())
+        if suppressed is None:
+            return
+        log(
+            logger,
+            logging.ERROR,
+            event,
+            socket=socket,
+            peer=address,
+            bytes=sum(len(frame) for frame in frames),
+            error=f"{type(error).__name__}: {error}",
+            suppressed=suppressed,
+        )
+        if event == "handler_error":
+            logger.error("traceback", exc_info=error)
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def send(self, sends: Iterable[Send], now_s: float) -> None:
+        """Hand frames to their connections. Never waits: a receiver that cannot take a frame is the registry's to judge."""
+        full: set[Peer] = set()
+        touched: set[SocketName] = set()
+        for send in sends:
+            shared = len(send.frame) >= SHARED_FRAME_BYTES
+            payload = zmq.Frame(send.frame, copy=False) if shared else send.frame
+            bulk = isinstance(send.message, (wire.Changes, wire.Snapshot))
+            for peer in send.to:
+                touched.add(peer.socket)
+                # After a refused part the rest of a snapshot is of no use, even if there should be room again.
+                failure = SendFailure.FULL if bulk and peer in full else self._send_one(peer, payload, copy=not shared)
+                if failure is None:
+                    self._sent_frames += 1
+                    self._sent_bytes += len(send.frame)
+                    continue
+                self._failures[failure.value] += 1
+                full.add(peer)
+                self._registry.on_send_failed(peer, send, failure, now_s)
+        for name in touched:
+            self._intakes[name].wake()
+
+    def _send_one(self, peer: Peer, payload: bytes | zmq.Frame, *, copy: bool) -> SendFailure | None:
+        try:
+            self._routers[peer.socket].send_multipart([peer.routing_id, payload], zmq.NOBLOCK, copy=copy)
+        except zmq.Again:
+            return SendFailure.FULL
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                log(logger, logging.ERROR, "send_failed", socket=peer.socket, error=error)
+            return SendFailure.GONE
+        return None
+
+    # -- by themselves -------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        period_s = min(1.0, self._registry.heartbeat_interval_s / 2)
+        while True:
+            now_s = self._clock()
+            self.send(self._registry.tick(now_s), now_s)
+            self._owed.set()  # members may have caught up
+            await asyncio.sleep(period_s)
+
+    async def _send_owed(self) -> None:
+        while True:
+            await self._owed.wait()
+            await asyncio.sleep(SNAPSHOT_PAUSE_S)
+            self._owed.clear()
+            while sends := self._registry.next_snapshot(self._clock()):
+                self.send(sends, self._clock())
+                await asyncio.sleep(0)
+
+
+def _address(frames: list[zmq.Frame]) -> str:
+    try:
+        return str(frames[-1].get("Peer-Address"))
+    except (zmq.ZMQError, IndexError):
+        return "unknown"
+
+
+def _log_death(task: asyncio.Task[None]) -> None:
+    if task.cancelled():
+        return
+    error = task.exception()
+    log(logger, logging.CRITICAL, "task_died", task=task.get_name(), error=repr(error))
+    if error is not None:
+        logger.critical("traceback", exc_info=error)

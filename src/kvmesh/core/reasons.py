@@ -1,0 +1,65 @@
+"""Why something was not shared: the one enumeration used by metrics, logs, the HTTP API and the web page.
+
+Invariant 2 of the architecture: every failure is a miss, and every miss has one of these reasons.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class MissReason(str, Enum):
+    """The reason of one chunk's miss. The value is the label in metrics and JSON: stable, lower case."""
+
+    NO_PEERS = "no_peers"
+    """No other instance with our format is a member."""
+    NOT_PUBLISHED = "not_published"
+    """No holder in the directory: nobody has computed it, or its announcement has not arrived yet."""
+    EVICTED = "evicted"
+    """The directory named a holder, the holder no longer has the chunk."""
+    STALE = "stale"
+    """The holder reused the slot while it was sending; what arrived was thrown away."""
+    CORRUPT = "corrupt"
+    """The bytes that arrived do not have the checksum with which they were published."""
+    FORMAT_MISMATCH = "format_mismatch"
+    """The peer's KV is not interchangeable with ours; the differing field is in the log and the API."""
+    DEADLINE = "deadline"
+    """The fetch's deadline passed before the chunk had arrived."""
+    PEER_STALLED = "peer_stalled"
+    """The peer sent no byte for `stall_timeout_s`."""
+    PEER_UNREACHABLE = "peer_unreachable"
+    """The peer could not be connected to."""
+    PEER_LOST = "peer_lost"
+    """The connection broke in the middle of the fetch."""
+    PROTOCOL = "protocol"
+    """The peer sent something that the protocol does not allow; its connection was closed."""
+    BREAKER_OPEN = "breaker_open"
+    """The peer failed recently and is left alone for a moment."""
+    RECENTLY_FAILED = "recently_failed"
+    """This very chunk could not be fetched a moment ago; it is not tried again at once."""
+    NO_DIRECTORY = "no_directory"
+    """No directory has been reached since the node started, so nothing is known of others."""
+    NODE_DOWN = "node_down"
+    """The node process of this engine is not running; it is being restarted."""
+    POOL_FULL = "pool_full"
+    """No slot of the host pool was free to fetch into."""
+    SHARING_OFF = "sharing_off"
+    """`enable_p2p` is false."""
+    BELOW_MINIMUM = "below_minimum"
+    """The peers hold fewer tokens of the prompt than `min_retrieve_tokens`."""
+    DRAINING = "draining"
+    """The fetch was given up because the pool is being reset or the engine is stopping."""
+    TRUNCATED = "truncated"
+    """An earlier chunk of the same prefix failed, so this one could not have been used."""
+
+
+PEER_FAULTS = frozenset(
+    {
+        MissReason.PEER_STALLED,
+        MissReason.PEER_UNREACHABLE,
+        MissReason.PEER_LOST,
+        MissReason.PROTOCOL,
+        MissReason.CORRUPT,
+    }
+)
+"""Reasons that speak against the peer itself, not against one chunk: they open its breaker."""

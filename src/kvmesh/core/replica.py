@@ -1,0 +1,246 @@
+"""The directory replica: which instances hold which chunks, as far as this process has heard.
+
+Pure state: no clock, no I/O. A node feeds it what the directory sends; the controller keeps one per format as its registry of
+inventories. A replica is a hint. It may name a holder that no longer has the chunk (the fetch then misses), and it may not
+know a holder yet (the chunk is then computed); neither can cause wrong bytes.
+
+Consistency rests on two numbers. An *incarnation* names one life of an instance: entries of an older life vanish at once. A
+*sequence number* orders a publisher's changes: whatever does not continue the sequence is a gap, the publisher's changes are
+then ignored, and a snapshot (its whole inventory) puts things right.
+
+Not thread-safe: one thread owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+from typing import NamedTuple
+
+from kvmesh.core.keys import ChunkKey
+
+
+class Applied(NamedTuple):
+    """What an input did to the replica as a whole."""
+
+    appeared: list[ChunkKey]
+    """Keys that got their first holder."""
+    vanished: list[ChunkKey]
+    """Keys that lost their last holder."""
+    gap: bool = False
+    """The input did not continue the sequence: ask for a snapshot of this publisher."""
+
+
+class ReplicaStatistics(NamedTuple):
+    members: int
+    waiting: int
+    """Members whose inventory is unknown until a snapshot has come."""
+    keys: int
+    entries: int
+    """Pairs of key and holder."""
+
+
+NOTHING = Applied([], [])
+
+
+class _Member:
+    """One incarnation's inventory. `bit` is its bit in the holder masks."""
+
+    __slots__ = ("bit", "incarnation", "keys", "sequence", "snapshot")
+
+    def __init__(self, incarnation: str, bit: int) -> None:
+        self.incarnation = incarnation
+        self.bit = bit
+        self.keys: set[ChunkKey] = set()
+        self.sequence: int | None = None
+        self.snapshot: set[ChunkKey] | None = None
+        """Parts of a snapshot received so far; None when none is under way."""
+
+
+class Replica:
+    """Holders by key, inventories by instance."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, _Member] = {}
+        self._names: dict[int, str] = {}
+        """Instance id by bit number."""
+        self._free_bits: list[int] = []
+        self._masks: dict[ChunkKey, int] = {}
+        """Holders of a key as a bit mask; up to eight instances it costs no object of its own."""
+
+    # -- membership ----------------------------------------------------------------------------------------------------
+
+    def member_up(self, instance_id: str, incarnation: str) -> Applied:
+        """Learn of a life of an instance. An older life's entries are dropped; the same life again changes nothing."""
+        known = self._members.get(instance_id)
+        if known is not None and known.incarnation == incarnation:
+            return NOTHING
+        applied = NOTHING if known is None else self.member_down(instance_id, known.incarnation)
+        bit_number = self._free_bits.pop() if self._free_bits else len(self._names)
+        self._names[bit_number] = instance_id
+        self._members[instance_id] = _Member(incarnation, 1 << bit_number)
+        return applied
+
+    def member_down(self, instance_id: str, incarnation: str) -> Applied:
+        """Forget a life of an instance. Another incarnation than the known one is ignored: it is gone already."""
+        member = self._members.get(instance_id)
+        if member is None or member.incarnation != incarnation:
+            return NOTHING
+        vanished = self._remove(member, member.keys)
+        del self._members[instance_id]
+        bit_number = member.bit.bit_length() - 1
+        del self._names[bit_number]
+        self._free_bits.append(bit_number)
+        return Applied([], vanished)
+
+    def incarnation(self, instance_id: str) -> str | None:
+        member = self._members.get(instance_id)
+        return None if member is None else member.incarnation
+
+    def members(self) -> list[str]:
+        return list(self._members)
+
+    # -- inventories ---------------------------------------------------------------------------------------------------
+
+    def apply_changes(
+        self, instance_id: str, incarnation: str, sequence: int, added: Iterable[bytes], removed: Iterable[bytes]
+    ) -> Applied:
+        """Apply one batch: removals, then additions. Old batches and strangers' are ignored; a hole in the numbers is a gap."""
+        member = self._members.get(instance_id)
+        if member is None or member.incarnation != incarnation:
+            return NOTHING
+        if member.sequence is None:
+            return Applied([], [], gap=member.snapshot is None)
+        if sequence <= member.sequence:
+            return NOTHING
+        if sequence != member.sequence + 1:
+            member.sequence = None
+            return Applied([], [], gap=True)
+        member.sequence = sequence
+        vanished = self._remove(member, removed)
+        appeared = self._add(member, added)
+        if vanished and appeared:
+            both = set(vanished).intersection(appeared)
+            if both:
+                vanished = [key for key in vanished if key not in both]
+                appeared = [key for key in appeared if key not in both]
+        return Applied(appeared, vanished)
+
+    def apply_snapshot(
+        self, instance_id: str, incarnation: str, sequence: int, keys: Iterable[bytes], first: bool, last: bool
+    ) -> Applied:
+        """Apply one part of an inventory; nothing is visible before the last part. A middle part without its first is a gap.
+
+        A snapshot older than what is known is ignored: changes that came after it are not taken back.
+        """
+        member = self._members.get(instance_id)
+        if member is None or member.incarnation != incarnation:
+            return NOTHING
+        if member.sequence is not None and sequence < member.sequence:
+            return NOTHING
+        if first:
+            member.snapshot = set()
+        if member.snapshot is None:
+            return Applied([], [], gap=True)
+        member.snapshot.update(ChunkKey(key) for key in keys)
+        if not last:
+            return NOTHING
+        whole, member.snapshot, member.sequence = member.snapshot, None, sequence
+        vanished = self._remove(member, member.keys - whole)
+        appeared = self._add(member, whole - member.keys)
+        return Applied(appeared, vanished)
+
+    def mark_stale(self, instance_id: str) -> None:
+        """Treat the instance's inventory as behind: its next change is a gap. Entries stay as hints meanwhile."""
+        member = self._members.get(instance_id)
+        if member is not None:
+            member.sequence = None
+            member.snapshot = None
+
+    def sequence(self, instance_id: str) -> int | None:
+        """Number of the last change applied; None for strangers and while a snapshot is awaited."""
+        member = self._members.get(instance_id)
+        return None if member is None else member.sequence
+
+    # -- lookups -------------------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._masks
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def keys(self) -> Set[ChunkKey]:
+        """Every key that has a holder."""
+        return self._masks.keys()
+
+    def holders(self, key: bytes) -> tuple[str, ...]:
+        """Instance ids of the holders of one key, oldest member first; empty when nobody is known to hold it."""
+        mask = self._masks.get(ChunkKey(key), 0)
+        found = []
+        while mask:
+            bit = mask & -mask
+            found.append(self._names[bit.bit_length() - 1])
+            mask ^= bit
+        return tuple(found)
+
+    def longest_prefix(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys have a holder."""
+        for index, key in enumerate(keys):
+            if key not in self._masks:
+                return index
+        return len(keys)
+
+    def keys_of(self, instance_id: str) -> Set[ChunkKey]:
+        """The inventory of one instance; empty for strangers."""
+        member = self._members.get(instance_id)
+        return frozenset() if member is None else member.keys
+
+    # -- care ----------------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> ReplicaStatistics:
+        return ReplicaStatistics(
+            members=len(self._members),
+            waiting=sum(1 for member in self._members.values() if member.sequence is None),
+            keys=len(self._masks),
+            entries=sum(len(member.keys) for member in self._members.values()),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when masks and inventories disagree. For tests and debug mode: reads everything."""
+        expected: dict[ChunkKey, int] = {}
+        bits = 0
+        for instance_id, member in self._members.items():
+            assert self._names[member.bit.bit_length() - 1] == instance_id
+            assert not bits & member.bit, f"two members share a bit: {instance_id}"
+            bits |= member.bit
+            for key in member.keys:
+                expected[key] = expected.get(key, 0) | member.bit
+        assert expected == self._masks
+
+    def _add(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
+        masks, bit, own = self._masks, member.bit, member.keys
+        appeared = []
+        for raw in keys:
+            key = ChunkKey(raw)
+            mask = masks.get(key, 0)
+            if not mask:
+                appeared.append(key)
+            masks[key] = mask | bit
+            own.add(key)
+        return appeared
+
+    def _remove(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
+        masks, bit, own = self._masks, member.bit, member.keys
+        vanished = []
+        for raw in list(keys):
+            key = ChunkKey(raw)
+            if key not in own:
+                continue
+            own.remove(key)
+            mask = masks[key] & ~bit
+            if mask:
+                masks[key] = mask
+            else:
+                del masks[key]
+                vanished.append(key)
+        return vanished

@@ -1,0 +1,45 @@
+"""What a node needs from a directory, whichever it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvmesh.core.keys import ChunkKey
+from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, Snapshot
+
+
+class DirectoryListener(Protocol):
+    """The node's side: how it hears of others and what it tells. All methods run on the node's event loop and return at once."""
+
+    def on_connection(self, connected: bool) -> None:
+        """The directory answers, or no longer does. What is known of others stays valid as a hint."""
+
+    def on_member_up(self, member: Member) -> None: ...
+
+    def on_member_down(self, instance_id: str, incarnation: str, reason: str) -> None: ...
+
+    def on_changes(self, changes: Changes) -> bool:
+        """Apply another instance's changes; False asks for a snapshot of it."""
+
+    def on_snapshot(self, part: Snapshot) -> bool: ...
+
+    def take_inventory(self) -> list[ChunkKey]:
+        """Everything published now; pending changes are part of it and need not be sent any more."""
+
+    def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
+        """Up to `limit` added and removed keys that were not sent yet."""
+
+    def statistics(self) -> NodeStatistics: ...
+
+
+class DirectoryClient(Protocol):
+    """A node's connection to a directory. It reconnects for ever by itself and never raises into its caller."""
+
+    async def run(self, member: Member) -> None:
+        """Join as `member` and serve until cancelled; then leave."""
+
+    def changes_pending(self) -> None:
+        """`take_changes` has something new. Called on the event loop."""
+
+    def report(self, report: FetchReport) -> None:
+        """Tell of a finished fetch; may be lost."""

@@ -1,0 +1,274 @@
+"""A node's connection to the controller, as specified in `kvmesh.wire.directory`.
+
+One DEALER for requests and the fan-out, one PUSH for our own events, and (when configured) a DEALER for heartbeats. ZMQ reconnects
+below us; we only have to notice silence (no acknowledged heartbeat) and strangers (a restarted controller does not know us).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kvmesh.directory.base import DirectoryListener
+from kvmesh.wire import directory as wire
+
+log = logging.getLogger("kvmesh.directory")
+
+BATCH_DELAY_S = 0.002
+"""Changes that come within this time travel in one batch."""
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+SEND_QUEUE_FRAMES = 1000
+"""Beyond so many unsent frames events are dropped; the gap then asks for a snapshot."""
+SNAPSHOT_RETRY_S = 1.0
+REGISTER_RETRY_S = 0.25
+
+
+class ControllerClient:
+    """Joins a node to a controller and keeps it joined. Lives on the node's event loop."""
+
+    def __init__(
+        self,
+        *,
+        pull_url: str,
+        reply_url: str,
+        heartbeat_url: str | None,
+        heartbeat_interval_s: float,
+        listener: DirectoryListener,
+    ) -> None:
+        self._listener = listener
+        self._interval_s = heartbeat_interval_s
+        self._context = zmq.asyncio.Context()
+        self._push = self._socket(zmq.PUSH, pull_url)
+        self._dealer = self._socket(zmq.DEALER, reply_url)
+        self._beat = self._socket(zmq.DEALER, heartbeat_url) if heartbeat_url else self._dealer
+        self._reply_url = reply_url
+        self._sequence = 0
+        self._member: wire.Member | None = None
+        self._registered = False
+        self._connected = False
+        self._answered_at_s = 0.0
+        self._controller = ""
+        self._members: dict[str, str] = {}
+        """Incarnation by instance id, as the controller last told."""
+        self._unconfirmed: set[str] = set()
+        """Members of an earlier controller that its successor has not named yet."""
+        self._asked: dict[str, float] = {}
+        """When a snapshot of an instance was last asked for."""
+        self._pending = asyncio.Event()
+        self._refusal = ""
+        self.dropped_frames = 0
+
+    def _socket(self, kind: int, url: str) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = SEND_QUEUE_FRAMES
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a controller that is away
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        socket.connect(url)
+        return socket
+
+    # -- DirectoryClient -----------------------------------------------------------------------------------------------
+
+    async def run(self, member: wire.Member) -> None:
+        self._member = member
+        tasks: list[Coroutine[None, None, None]] = [self._heartbeats(), self._publishes(), self._receives(self._dealer)]
+        if self._beat is not self._dealer:
+            tasks.append(self._receives(self._beat))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await self._leave()
+            self._context.destroy(linger=100)
+
+    def changes_pending(self) -> None:
+        self._pending.set()
+
+    def report(self, report: wire.FetchReport) -> None:
+        if self._registered:
+            self._send(self._push, report)
+
+    # -- loops ---------------------------------------------------------------------------------------------------------
+
+    async def _heartbeats(self) -> None:
+        """Register until accepted, then beat; silence means the controller is gone."""
+        assert self._member is not None
+        member = self._member
+        while True:
+            now_s = time.monotonic()
+            if self._connected and now_s - self._answered_at_s > 2.5 * self._interval_s:
+                self._set_connected(False)
+            if self._registered:
+                beat = wire.Heartbeat(
+                    member.instance_id, member.incarnation, self._sequence, self._listener.statistics()
+                )
+                self._send(self._beat, beat)
+                await asyncio.sleep(self._interval_s)
+            else:
+                self._send(self._dealer, wire.Register(member))
+                await asyncio.sleep(min(self._interval_s, REGISTER_RETRY_S))
+
+    async def _publishes(self) -> None:
+        while True:
+            await self._pending.wait()
+            await asyncio.sleep(BATCH_DELAY_S)
+            self._pending.clear()
+            if self._registered and self._connected:
+                self._publish()
+
+    def _publish(self) -> None:
+        assert self._member is not None
+        while True:
+            added, removed = self._listener.take_changes(wire.MAX_KEYS_PER_MESSAGE)
+            if not added and not removed:
+                return
+            self._sequence += 1
+            self._send(
+                self._push,
+                wire.Changes(
+                    self._member.instance_id,
+                    self._member.incarnation,
+                    self._sequence,
+                    list[bytes](added),
+                    list[bytes](removed),
+                ),
+            )
+
+    async def _receives(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            frames = await socket.recv_multipart()
+            try:
+                notice = wire.notice_decoder.decode(frames[-1])
+            except msgspec.MsgspecError as error:
+                log.error("controller sent a malformed message bytes=%d error=%r", len(frames[-1]), str(error))
+                continue
+            self._answered_at_s = time.monotonic()
+            self._on_notice(notice)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_notice(self, notice: wire.Notice) -> None:
+        listener = self._listener
+        match notice:
+            case wire.Registered():
+                self._on_registered(notice)
+            case wire.Refused():
+                if notice.text != self._refusal:
+                    self._refusal = notice.text
+                    log.error("controller refused this instance code=%s: %s", notice.code, notice.text)
+            case wire.HeartbeatAck():
+                if notice.known:
+                    self._set_connected(True)
+                elif self._registered:
+                    log.warning("controller does not know this instance (was it restarted?); registering again")
+                    self._register_again()
+            case wire.MemberUp():
+                self._member_up(notice.member)
+            case wire.MemberDown():
+                if self._members.get(notice.instance_id) == notice.incarnation:
+                    self._member_down(notice.instance_id, notice.reason)
+            case wire.Resync():
+                self._send_inventory()
+            case wire.Changes():
+                if not listener.on_changes(notice):
+                    self._ask_snapshot(notice.instance_id, notice.incarnation)
+            case wire.Snapshot():
+                if not listener.on_snapshot(notice):
+                    self._ask_snapshot(notice.instance_id, notice.incarnation)
+
+    def _on_registered(self, notice: wire.Registered) -> None:
+        assert self._member is not None
+        self._refusal = ""
+        self._registered = True
+        self._interval_s = notice.heartbeat_interval_s or self._interval_s
+        if self._controller and self._controller != notice.controller_incarnation:
+            self._unconfirmed = set(self._members)
+            asyncio.get_running_loop().call_later(notice.instance_timeout_s, self._drop_unconfirmed)
+        self._controller = notice.controller_incarnation
+        self._set_connected(True)
+        named = {member.instance_id for member in notice.members}
+        for member in notice.members:
+            self._member_up(member)
+        if not self._unconfirmed:
+            for instance_id in [known for known in self._members if known not in named]:
+                self._member_down(instance_id, "left")
+        self._send_inventory()
+
+    def _register_again(self) -> None:
+        assert self._member is not None
+        self._registered = False
+        self._send(self._dealer, wire.Register(self._member))
+
+    def _member_up(self, member: wire.Member) -> None:
+        assert self._member is not None
+        if member.instance_id == self._member.instance_id:
+            return
+        self._unconfirmed.discard(member.instance_id)
+        self._members[member.instance_id] = member.incarnation
+        self._listener.on_member_up(member)
+
+    def _member_down(self, instance_id: str, reason: str) -> None:
+        self._unconfirmed.discard(instance_id)
+        incarnation = self._members.pop(instance_id)
+        self._listener.on_member_down(instance_id, incarnation, reason)
+
+    def _drop_unconfirmed(self) -> None:
+        """The restarted controller has had its time: who has not come back to it is gone."""
+        for instance_id in list(self._unconfirmed):
+            self._member_down(instance_id, "timeout")
+
+    def _send_inventory(self) -> None:
+        assert self._member is not None
+        keys = self._listener.take_inventory()
+        size = wire.MAX_KEYS_PER_MESSAGE
+        parts = [keys[start : start + size] for start in range(0, len(keys), size)] or [[]]
+        for index, part in enumerate(parts):
+            snapshot = wire.Snapshot(
+                self._member.instance_id,
+                self._member.incarnation,
+                self._sequence,
+                list[bytes](part),
+                first=index == 0,
+                last=index == len(parts) - 1,
+            )
+            self._send(self._push, snapshot)
+
+    def _ask_snapshot(self, instance_id: str, incarnation: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._asked.get(instance_id, -SNAPSHOT_RETRY_S) < SNAPSHOT_RETRY_S:
+            return
+        self._asked[instance_id] = now_s
+        log.info("asking for a snapshot instance=%s", instance_id)
+        self._send(self._dealer, wire.SnapshotRequest(instance_id, incarnation))
+
+    def _set_connected(self, connected: bool) -> None:
+        self._answered_at_s = time.monotonic()
+        if connected == self._connected:
+            return
+        self._connected = connected
+        if connected:
+            log.info("joined the controller url=%s", self._reply_url)
+            self._pending.set()
+        else:
+            log.warning(
+                "controller is silent url=%s; known chunks stay usable, new ones are not learnt", self._reply_url
+            )
+        self._listener.on_connection(connected)
+
+    async def _leave(self) -> None:
+        if self._registered and self._member is not None:
+            self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
+
+    def _send(self, socket: zmq.asyncio.Socket, message: wire.Message) -> None:
+        """Hand one frame to ZMQ without waiting. A full queue or no connection drops it: the gap it leaves is repaired."""
+        sent = socket.send(wire.encode(message), zmq.NOBLOCK)
+        assert isinstance(sent, asyncio.Future)  # pyzmq decides a NOBLOCK send at once
+        if sent.done() and isinstance(sent.exception(), zmq.Again):
+            self.dropped_frames += 1

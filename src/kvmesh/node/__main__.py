@@ -1,0 +1,29 @@
+"""`python -m kvmesh.node --link-fd N`: how an engine starts its node. People use `kvmesh node`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import signal
+import socket
+import sys
+
+from kvmesh.logs import configure_logging
+from kvmesh.node.engine_link import EngineLink
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--link-fd", type=int, required=True, help="connected unix socket to the engine")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+    configure_logging(arguments.log_level, process="node")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the engine decides when we end
+    gc.freeze()
+    connection = socket.socket(fileno=arguments.link_fd)
+    return asyncio.run(EngineLink(connection).serve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

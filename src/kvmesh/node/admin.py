@@ -1,0 +1,105 @@
+"""The node's admin port: `/healthz` and `/metrics` over HTTP. Runs on the node's event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kvmesh.errors import StartupError
+
+if TYPE_CHECKING:
+    from kvmesh.node.process import Node
+
+
+class NodeCollector(Collector):
+    """The node's counters as Prometheus metrics, read when somebody asks."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._node.statistics()
+        served = self._node.server.statistics()
+        for name, text, value in (
+            ("kvmesh_node_fetched_chunks", "Chunks fetched from peers.", now.fetched_chunks),
+            ("kvmesh_node_fetched_bytes", "Bytes fetched from peers.", now.fetched_bytes),
+            ("kvmesh_node_fetches", "Fetch jobs.", now.fetches),
+            ("kvmesh_node_fetch_seconds", "Time spent in fetch jobs.", now.fetch_seconds),
+            ("kvmesh_node_served_chunks", "Chunks sent to peers.", now.served_chunks),
+            ("kvmesh_node_served_bytes", "Bytes sent to peers.", now.served_bytes),
+            ("kvmesh_node_protocol_errors", "Connections closed for malformed input.", served.protocol_errors),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        misses = CounterMetricFamily("kvmesh_node_missed_chunks", "Chunks asked for that did not come.", labels=["reason"])
+        for reason, count in now.misses.items():
+            misses.add_metric([reason], count)
+        yield misses
+        for name, text, value in (
+            ("kvmesh_node_published_chunks", "Chunks this instance publishes now.", now.published_chunks),
+            ("kvmesh_node_replica_chunks", "Chunks that others are known to hold.", now.replica_chunks),
+            ("kvmesh_node_peers", "Other instances with our format.", len(self._node.peers)),
+            ("kvmesh_node_directory_connected", "1 while the directory answers.", int(self._node.directory_connected)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+
+
+def make_app(node: Node) -> Starlette:
+    """The admin application of one node."""
+    registry = CollectorRegistry()
+    registry.register(NodeCollector(node))
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse(
+            {
+                "instance_id": node.instance_id,
+                "incarnation": node.incarnation,
+                "directory_connected": node.directory_connected,
+                "peers": len(node.peers),
+            }
+        )
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", metrics)])
+
+
+def bind_admin(host: str, port: int) -> socket.socket:
+    """Take the admin port at start. Raises StartupError naming it when somebody else has it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"admin_port {host}:{port}", expected="a free port", found=str(error), hint="choose another admin_port"
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the node's end is decided by its engine or by `kvmesh node`."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+async def serve_admin(node: Node, listener: socket.socket) -> None:
+    """Serve until cancelled."""
+    config = uvicorn.Config(
+        make_app(node), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+    )
+    await _Server(config).serve(sockets=[listener])

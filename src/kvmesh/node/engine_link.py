@@ -1,0 +1,156 @@
+"""The node's end of the link to its engine (see `kvmesh.wire.link`). Runs on the node's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+import msgspec
+
+from kvmesh.config import KVMeshConfig
+from kvmesh.core.keys import ChunkKey
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.errors import KVMeshError
+from kvmesh.node.process import DirectoryState, Node, NodeListener
+from kvmesh.transfer.pool import HostPool, PoolSegment
+from kvmesh.wire import link
+from kvmesh.wire.framing import pack_frame, read_frame
+
+log = logging.getLogger("kvmesh.node")
+
+VISIBLE_BATCH = 20_000
+"""Keys per Visible message: a bulk change reaches the engine in pieces that each take it a millisecond or two."""
+PARENT_POLL_S = 1.0
+
+
+class EngineLink(NodeListener):
+    """Serves one engine over a connected unix socket until either side closes it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._writer: asyncio.StreamWriter | None = None
+        self._node: Node | None = None
+        self._jobs: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> int:
+        """Run a node for the engine; returns the process's exit status. Ends when the engine closes the link or dies."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
+        try:
+            start = link.to_node_decoder.decode(await read_frame(reader, link.MAX_FRAME_BYTES) or b"")
+            if not isinstance(start, link.Start):
+                raise msgspec.ValidationError(f"Start expected, {type(start).__name__} came")
+        except (OSError, ValueError) as error:
+            log.error("engine sent no valid start: %s", error)
+            return 2
+        try:
+            node = self._make_node(start)
+            member = node.start()
+        except (KVMeshError, OSError, ValueError) as error:
+            self._send(link.Failed(str(error)))
+            await self._flush()
+            return 1
+        self._node = node
+        self._send(
+            link.Ready(node.instance_id, node.incarnation, member.peer_host, member.peer_port, member.admin_port)
+        )
+        serving = asyncio.create_task(node.run(member))
+        watching = asyncio.create_task(self._watch_parent(start.engine_pid))
+        reading = asyncio.create_task(self._read(reader))
+        try:
+            await asyncio.wait((serving, watching, reading), return_when=asyncio.FIRST_COMPLETED)
+            failure = serving.exception() if serving.done() else None
+            if failure is not None:
+                log.error("node stopped: %r", failure)
+                return 1
+            log.info("engine is gone or closed its link; node ends")
+            return 0
+        finally:
+            for task in (serving, watching, reading):
+                task.cancel()
+            await asyncio.wait((serving,), timeout=0.5)
+            node.close()
+
+    def _make_node(self, start: link.Start) -> Node:
+        ledger = SlotLedger.attach(start.ledger_fd)
+        segments = [PoolSegment(segment.fd, segment.offset_bytes, segment.length_bytes) for segment in start.segments]
+        pool = HostPool(segments, chunk_bytes=ledger.chunk_bytes)
+        if pool.slots != ledger.slots:
+            raise ValueError(f"pool has {pool.slots} slots, its ledger {ledger.slots}")
+        config = KVMeshConfig.from_wire(start.config)
+        if start.peer_port:
+            config = config.model_copy(update={"peer_port": start.peer_port})
+        return Node(config, start.format, pool, ledger, self)
+
+    # -- from the engine -----------------------------------------------------------------------------------------------
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                frame = await read_frame(reader, link.MAX_FRAME_BYTES)
+                if frame is None:
+                    return
+                message = link.to_node_decoder.decode(frame)
+            except (OSError, ValueError) as error:
+                log.error("engine link broke: %s", error)
+                return
+            self._on_message(message)
+
+    def _on_message(self, message: link.ToNode) -> None:
+        assert self._node is not None
+        match message:
+            case link.Publish():
+                self._node.inventory.published(message.slots, fetched=message.fetched)
+            case link.Retract():
+                self._node.inventory.retracted(message.slots)
+            case link.Fetch():
+                task = asyncio.create_task(self._fetch(self._node, message))
+                self._jobs.add(task)
+                task.add_done_callback(self._jobs.discard)
+            case link.GiveUp():
+                task = asyncio.create_task(self._give_up(self._node))
+                self._jobs.add(task)
+                task.add_done_callback(self._jobs.discard)
+            case link.Start():
+                log.error("engine sent a second start; ignored")
+
+    async def _fetch(self, node: Node, job: link.Fetch) -> None:
+        result = await node.fetch(job.request_id, job.keys, job.slots, job.timeout_s)
+        reasons = [outcome.reason for outcome in result.outcomes]
+        fetched_bytes = reasons.count(None) * node.chunk_bytes
+        self._send(link.FetchDone(job.job_id, reasons, fetched_bytes, result.seconds, result.holders))
+
+    async def _give_up(self, node: Node) -> None:
+        """End the jobs that are out, wait for them, then accept new ones."""
+        running = self._jobs - {task for task in [asyncio.current_task()] if task is not None}
+        node.fetcher.give_up()
+        if running:
+            await asyncio.wait(running)
+        node.fetcher.resume()
+
+    async def _watch_parent(self, engine_pid: int) -> None:
+        """The link's end tells of most deaths; this catches an engine whose end of the socket lives on in a child of its own."""
+        while os.getppid() == engine_pid:
+            await asyncio.sleep(PARENT_POLL_S)
+
+    # -- NodeListener --------------------------------------------------------------------------------------------------
+
+    def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
+        size = VISIBLE_BATCH
+        for start in range(0, max(len(appeared), len(vanished)), size):
+            batch = slice(start, start + size)
+            self._send(link.Visible(list[bytes](appeared[batch]), list[bytes](vanished[batch]), reset=False))
+
+    def on_directory(self, state: DirectoryState) -> None:
+        self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _send(self, message: link.Message) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(pack_frame(link.encode(message)))
+
+    async def _flush(self) -> None:
+        if self._writer is not None:
+            await self._writer.drain()

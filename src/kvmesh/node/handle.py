@@ -1,0 +1,419 @@
+"""The engine's end of the link: starts the node, watches it, restarts it, and answers lookups from memory.
+
+Threads: one reads the link and looks after the process, one writes. What the scheduler thread calls (`is_visible`, `publish`,
+`retract`, `fetch`, `take_finished`) neither waits nor does I/O: it reads a set or appends to a queue.
+
+A node that dies is absent until it is back: nothing is visible, and jobs that were out fail with NODE_DOWN *after* the process is
+known to be dead, because only then nothing writes into their slots any more. A node that does not finish a job in time is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from kvmesh.core.format import Format
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.core.reasons import MissReason
+from kvmesh.errors import KVMeshError, StartupError
+from kvmesh.transfer.pool import PoolSegment
+from kvmesh.wire import link
+from kvmesh.wire.framing import LENGTH_BYTES, FrameBuffer, pack_frame, parse_length
+
+log = logging.getLogger("kvmesh.handle")
+
+START_TIMEOUT_S = 60.0
+GRACE_S = 2.0
+"""How long past its deadline a job may be out before the node is killed."""
+DEAF_S = 10.0
+"""How long the node may leave its link unread before it is killed: nothing piles up behind a stopped node for ever."""
+FIRST_RESTART_DELAY_S = 0.2
+LONGEST_RESTART_DELAY_S = 5.0
+WAKE_S = 1.0
+"""The reading thread looks at deadlines this often while nothing comes."""
+
+
+class FinishedJob(NamedTuple):
+    """One fetch job's end. Nothing writes into its slots any more."""
+
+    job_id: int
+    reasons: list[MissReason | None]
+    fetched_bytes: int
+    seconds: float
+    holders: list[str]
+
+
+class NodeState(NamedTuple):
+    """What is known of the node and its directory, for miss reasons and status."""
+
+    alive: bool
+    directory_connected: bool
+    directory_ever_connected: bool
+    peers: int
+
+
+class _Job(NamedTuple):
+    chunks: int
+    started_s: float
+    give_up_s: float
+
+
+_DOWN = NodeState(False, False, False, 0)
+
+
+class NodeHandle:
+    """One engine's node process. Make it, `start` it, use it from the scheduler thread, `close` it."""
+
+    def __init__(
+        self,
+        config_wire: bytes,
+        kv_format: Format,
+        ledger: SlotLedger,
+        segments: Sequence[PoolSegment],
+        *,
+        log_level: str = "INFO",
+    ) -> None:
+        self._start = link.Start(
+            config=config_wire,
+            format=kv_format,
+            ledger_fd=ledger.fd,
+            segments=tuple(link.Segment(*segment) for segment in segments),
+            engine_pid=os.getpid(),
+        )
+        self._log_level = log_level
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._visible: set[bytes] = set()
+        self._lock = threading.Lock()
+        """Guards what follows; held for a few assignments at a time, never across I/O."""
+        self._state = _DOWN
+        self._life = 0
+        """Number of nodes lost so far. A message meant for an earlier node is never sent to a later one."""
+        self._jobs: dict[int, _Job] = {}
+        self._missed_slots: set[int] = set()
+        """Slots that changed while no node was there to be told."""
+        self._finished: deque[FinishedJob] = deque()
+        self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
+        self._sending_since_s: float | None = None
+        self._ready: link.Ready | None = None
+        self._closing = threading.Event()
+        self._idle = threading.Condition()
+        self.restarts = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> link.Ready:
+        """Start the node and wait until it serves. Raises StartupError with the node's own words when it cannot.
+
+        Called once, while the engine starts.
+        """
+        ready = self._launch()
+        threading.Thread(target=self._watch, name="kvmesh-link-read", daemon=True).start()
+        threading.Thread(target=self._write, name="kvmesh-link-write", daemon=True).start()
+        return ready
+
+    def close(self) -> None:
+        """End the node and wait until it is dead. Safe to call twice."""
+        self._closing.set()
+        self._outgoing.put(None)
+        self._kill(gentle=True)
+        self._fail_jobs(MissReason.DRAINING)
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    @property
+    def ready(self) -> link.Ready | None:
+        """The node's addresses; None while there is no node."""
+        return self._ready if self._state.alive else None
+
+    @property
+    def state(self) -> NodeState:
+        return self._state
+
+    # -- scheduler thread ----------------------------------------------------------------------------------------------
+
+    def is_visible(self, key: bytes) -> bool:
+        """Whether some other instance is known to hold the chunk."""
+        return key in self._visible
+
+    def visible_count(self) -> int:
+        return len(self._visible)
+
+    def publish(self, slots: list[int], *, fetched: bool) -> None:
+        """Tell the node that the ledger has new records."""
+        self._tell_slots(slots, link.Publish(slots, fetched))
+
+    def retract(self, slots: list[int]) -> None:
+        """Tell the node that slots were taken back; their generations must have moved already."""
+        self._tell_slots(slots, link.Retract(slots))
+
+    def fetch(self, job_id: int, request_id: str, keys: list[bytes], slots: list[int], timeout_s: float) -> None:
+        """Hand a job to the node. It comes back through `take_finished`, whatever happens."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._jobs[job_id] = _Job(len(keys), now_s, now_s + timeout_s + GRACE_S)
+            alive = self._state.alive
+            if alive:
+                self._outgoing.put((self._life, link.Fetch(job_id, request_id, keys, slots, timeout_s)))
+        if not alive:
+            self._finish(job_id, MissReason.NODE_DOWN)
+
+    def take_finished(self) -> list[FinishedJob]:
+        """Jobs that ended since the last call."""
+        finished = []
+        while self._finished:
+            finished.append(self._finished.popleft())
+        return finished
+
+    def has_jobs(self) -> bool:
+        """Whether a job is out or its end was not taken yet."""
+        return bool(self._jobs or self._finished)
+
+    def drain(self) -> None:
+        """Block until no job is out. For the rare moments when the engine throws its pool away; bounded by the job deadlines."""
+        with self._lock:
+            if self._jobs:
+                self._outgoing.put((self._life, link.GiveUp()))
+        with self._idle:
+            while self._jobs:
+                self._idle.wait(WAKE_S)
+
+    # -- reading thread ------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Read the link; when it ends, make sure that the process is dead, fail its jobs and start a new one."""
+        delay_s = FIRST_RESTART_DELAY_S
+        while not self._closing.is_set():
+            up_s = time.monotonic()
+            self._read_until_closed()
+            if self._closing.is_set():
+                return
+            process = self._process
+            self._lost()
+            log.warning(
+                "node process ended pid=%s status=%s; lookups are misses until it is back",
+                self.pid,
+                process and process.returncode,
+            )
+            if time.monotonic() - up_s > LONGEST_RESTART_DELAY_S:
+                delay_s = FIRST_RESTART_DELAY_S
+            while not self._closing.is_set():
+                if self._closing.wait(delay_s):
+                    return
+                delay_s = min(delay_s * 2, LONGEST_RESTART_DELAY_S)
+                try:
+                    self._launch()
+                except (KVMeshError, OSError) as error:
+                    log.error("node could not be started again: %s; next try in %.1f s", error, delay_s)
+                    continue
+                self.restarts += 1
+                break
+
+    def _read_until_closed(self) -> None:
+        assert self._socket is not None
+        buffer = FrameBuffer(link.MAX_FRAME_BYTES)
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        while not self._closing.is_set():
+            if not poller.poll(WAKE_S * 1000):
+                self._kill_if_late()
+                continue
+            try:
+                data = self._socket.recv(1 << 18)
+            except OSError:
+                return
+            if not data:
+                return
+            try:
+                for frame in buffer.feed(data):
+                    self._on_message(link.to_engine_decoder.decode(frame))
+            except (ValueError, msgspec.MsgspecError) as error:
+                log.error("node sent a malformed message: %s; ending it", error)
+                return
+            if self._jobs:
+                self._kill_if_late()
+
+    def _on_message(self, message: link.ToEngine) -> None:
+        match message:
+            case link.Visible():
+                if message.reset:
+                    self._visible.clear()
+                self._visible.difference_update(message.vanished)
+                self._visible.update(message.appeared)
+            case link.FetchDone():
+                self._done(message)
+            case link.Directory():
+                with self._lock:
+                    self._state = NodeState(True, message.connected, message.ever_connected, message.peers)
+            case link.Ready() | link.Failed():
+                log.error("node sent %s out of turn; ignored", type(message).__name__)
+
+    def _done(self, message: link.FetchDone) -> None:
+        with self._lock:
+            job = self._jobs.get(message.job_id)
+            if job is None or job.chunks != len(message.reasons):
+                log.error("node reported an unknown or misshapen job id=%d; ignored", message.job_id)
+                return
+            self._finished.append(FinishedJob(*msgspec.structs.astuple(message)))
+            del self._jobs[message.job_id]
+        self._wake_drain()
+
+    def _kill_if_late(self) -> None:
+        now_s = time.monotonic()
+        with self._lock:
+            late = [job_id for job_id, job in self._jobs.items() if now_s > job.give_up_s]
+        if late:
+            log.error("node did not finish jobs in time jobs=%s pid=%s; killing it", late[:8], self.pid)
+            self._kill(gentle=False)
+            return
+        since_s = self._sending_since_s
+        if since_s is not None and now_s - since_s > DEAF_S:
+            log.error("node does not read its link pid=%s; killing it", self.pid)
+            self._kill(gentle=False)
+
+    def _lost(self) -> None:
+        """The link ended: make sure that nobody can write into the pool, then let go of everything that was out."""
+        with self._lock:
+            self._state = _DOWN
+            self._life += 1
+        self._visible.clear()
+        self._kill(gentle=False)
+        self._fail_jobs(MissReason.NODE_DOWN)
+
+    def _fail_jobs(self, reason: MissReason) -> None:
+        with self._lock:
+            out = list(self._jobs)
+        for job_id in out:
+            self._finish(job_id, reason)
+
+    def _finish(self, job_id: int, reason: MissReason) -> None:
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return
+            self._finished.append(FinishedJob(job_id, [reason] * job.chunks, 0, time.monotonic() - job.started_s, []))
+            del self._jobs[job_id]
+        self._wake_drain()
+
+    def _wake_drain(self) -> None:
+        with self._idle:
+            self._idle.notify_all()
+
+    # -- writing thread ------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        while (entry := self._outgoing.get()) is not None:
+            life, message = entry
+            with self._lock:
+                connection = self._socket if life == self._life else None
+            if connection is None:
+                continue
+            self._sending_since_s = time.monotonic()
+            with contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
+                connection.sendall(pack_frame(link.encode(message)))
+            self._sending_since_s = None
+
+    def _tell_slots(self, slots: list[int], message: link.Message) -> None:
+        with self._lock:
+            if self._state.alive:
+                self._outgoing.put((self._life, message))
+            else:
+                self._missed_slots.update(slots)
+
+    # -- process -------------------------------------------------------------------------------------------------------
+
+    def _launch(self) -> link.Ready:
+        """Start one node process and wait for its first word."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        descriptors = [theirs.fileno(), self._start.ledger_fd, *(segment.fd for segment in self._start.segments)]
+        command = [
+            sys.executable,
+            "-m",
+            "kvmesh.node",
+            "--link-fd",
+            str(theirs.fileno()),
+            "--log-level",
+            self._log_level,
+        ]
+        with theirs:
+            self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
+        old, self._socket = self._socket, ours
+        if old is not None:
+            old.close()
+        try:
+            first = self._first_word(ours)
+        except (OSError, ValueError, EOFError) as error:
+            self._kill(gentle=False)
+            raise StartupError(
+                "node process",
+                expected="a node that is ready",
+                found=f"{error!r} (exit status {self._process.returncode})",
+                hint="its own log lines above say why",
+            ) from error
+        if isinstance(first, link.Failed):
+            self._kill(gentle=False)
+            raise StartupError("node process", found=first.text)
+        self._start = msgspec.structs.replace(self._start, peer_port=first.peer_port)
+        with self._lock:
+            self._ready = first
+            self._state = NodeState(True, False, False, 0)
+            missed = sorted(self._missed_slots)
+            self._missed_slots.clear()
+            # The node read the ledger before it was ready; what changed since then is told again.
+            self._outgoing.put((self._life, link.Retract(missed)))
+            self._outgoing.put((self._life, link.Publish(missed, fetched=False)))
+        return first
+
+    def _first_word(self, connection: socket.socket) -> link.Ready | link.Failed:
+        """Exactly one frame, byte by byte where needed: what follows it belongs to the reading thread."""
+        connection.settimeout(START_TIMEOUT_S)
+        connection.sendall(pack_frame(link.encode(self._start)))
+        length = parse_length(_receive(connection, LENGTH_BYTES), link.MAX_FRAME_BYTES)
+        message = link.to_engine_decoder.decode(_receive(connection, length))
+        connection.settimeout(None)
+        if not isinstance(message, link.Ready | link.Failed):
+            raise ValueError(f"first message is {type(message).__name__}")
+        return message
+
+    def _kill(self, *, gentle: bool) -> None:
+        """Return when the process is dead. Gently: by closing the link, which lets it say good-bye to the directory."""
+        process, connection = self._process, self._socket
+        if gentle and connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if process is None:
+            return
+        if gentle:
+            try:
+                process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                log.warning("node did not end by itself pid=%d; killing it", process.pid)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        if not piece:
+            raise EOFError("the node ended before it was ready")
+        data += piece
+    return bytes(data)

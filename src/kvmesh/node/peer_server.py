@@ -1,0 +1,397 @@
+"""The answering side of the peer protocol (see `kvmesh.wire.peer`): serves our slots to other nodes.
+
+A thread per accepted connection, in blocking calls: what moves the bytes is the kernel, and a peer that is slow,
+stopped or malicious holds up nobody but itself. A slot is sent straight from the pool, without a lock: the ledger's
+generation, read before the first and after the last byte, says in the trailer whether what was sent is what was asked
+for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.errors import (
+    KVMeshError,
+    PeerCancelledError,
+    PeerClosedError,
+    PeerProtocolError,
+    PeerReadError,
+    StartupError,
+    TransferError,
+)
+from kvmesh.transfer.base import Deadline, Locate, Located
+from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.stream import PeerStream
+from kvmesh.wire.peer import (
+    FRAME_LIMIT_BYTES,
+    HELLO_LIMIT_BYTES,
+    NO_CHECKSUM,
+    PROTOCOL_VERSION,
+    ChunkHeader,
+    ChunkStatus,
+    ChunkTrailer,
+    Get,
+    Held,
+    Hello,
+    Lookup,
+    Message,
+    MessageError,
+    NixlAttach,
+    NixlMetadata,
+    Ping,
+    Place,
+    Pong,
+    Refused,
+    Resolve,
+    Resolved,
+    Validate,
+    Validated,
+    Verdict,
+    decode_hello,
+    decode_request,
+    encode,
+    format_differences,
+    pack_bits,
+    pack_header,
+    pack_trailer,
+)
+
+log = logging.getLogger(__name__)
+
+
+class NixlServing(Protocol):
+    """What the nixl transport needs on this side (see `kvmesh.transfer.nixl_holder`)."""
+
+    def describe(self) -> NixlMetadata:
+        """What a peer needs to read from us. Raises TransferError."""
+        ...
+
+    def addresses(self, slots: Sequence[int]) -> tuple[int, list[int]]:
+        """The serving number and the slots' addresses. Raises TransferError."""
+        ...
+
+
+class PeerServerStatistics(NamedTuple):
+    """Counters since the start."""
+
+    connections: int
+    """Open now."""
+    accepted: int
+    served_chunks: int
+    """Chunks sent or validated as VALID."""
+    served_bytes: int
+    stale: int
+    gone: int
+    refused: int
+    """Connections turned away: too many, wrong identity or wrong format."""
+    protocol_errors: int
+
+
+class PeerServer:
+    """Serves one pool. `start`, `close` and `statistics` from any thread; `locate` is called by the connections'
+    threads.
+    """
+
+    def __init__(
+        self,
+        pool: HostPool,
+        ledger: SlotLedger,
+        locate: Locate,
+        ours: Hello,
+        *,
+        host: str,
+        port: int,
+        lookup_port: int | None = None,
+        nixl: NixlServing | None = None,
+        max_connections: int = 256,
+        handshake_timeout_s: float = 5.0,
+        stall_timeout_s: float = 10.0,
+        idle_timeout_s: float = 600.0,
+    ) -> None:
+        """Binds nothing yet.
+
+        Args:
+            pool: the slots to serve.
+            ledger: says which of them are readable.
+            locate: finds a published chunk by its key.
+            ours: this node's Hello: identity and format.
+            host: address or name to listen on.
+            port: where to listen; 0 takes a free one (see the property `port`).
+            lookup_port: a second port for the same protocol, for lookups; None for none.
+            nixl: lets peers read our slots with NIXL; None when that is not offered.
+            max_connections: further ones are refused.
+            handshake_timeout_s: for the first frame of a stranger.
+            stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
+            idle_timeout_s: for a connection that asks nothing. Peers reopen theirs without loss.
+        """
+        self._pool = pool
+        self._ledger = ledger
+        self._locate = locate
+        self._ours = ours
+        self._nixl = nixl
+        self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
+        self._max_connections = max_connections
+        self._handshake_timeout_s = handshake_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._listeners: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._streams: dict[PeerStream, threading.Thread] = {}
+        self._acceptors: list[threading.Thread] = []
+        self._closing = threading.Event()
+        self._counts = dict.fromkeys(PeerServerStatistics._fields, 0)
+
+    def start(self) -> None:
+        """Bind and serve. Raises StartupError that names the port."""
+        try:
+            for host, port in self._binds:
+                self._listeners.append(_listen(host, port))
+        except StartupError:
+            self.close()
+            raise
+        for listener in self._listeners:
+            acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvmesh-peer-accept", daemon=True)
+            self._acceptors.append(acceptor)
+            acceptor.start()
+
+    @property
+    def port(self) -> int:
+        """The bound peer port."""
+        return int(self._listeners[0].getsockname()[1])
+
+    @property
+    def lookup_port(self) -> int | None:
+        """The bound lookup port; None when there is none."""
+        return int(self._listeners[1].getsockname()[1]) if len(self._listeners) > 1 else None
+
+    def statistics(self) -> PeerServerStatistics:
+        """Counters; from any thread."""
+        with self._lock:
+            return PeerServerStatistics(**(self._counts | {"connections": len(self._streams)}))
+
+    def close(self) -> None:
+        """Stop serving: when this returns, no thread of the server reads the pool any more. Safe to call twice."""
+        self._closing.set()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):  # never connected, on some kernels
+                listener.shutdown(socket.SHUT_RDWR)
+        for acceptor in self._acceptors:
+            acceptor.join()
+        for listener in self._listeners:
+            listener.close()
+        with self._lock:
+            serving = dict(self._streams)
+        for stream in serving:
+            stream.shut_down()
+        for thread in serving.values():
+            thread.join()
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, address = listener.accept()
+            except OSError as error:
+                if not self._closing.is_set():
+                    log.error("cannot accept peers, trying again: error=%s", error)  # such as: too many open files
+                    self._closing.wait(0.5)
+                continue
+            try:
+                self._admit(PeerStream(sock, f"{address[0]}:{address[1]}"))
+            except (OSError, RuntimeError) as error:  # already gone, or no thread to be had
+                sock.close()
+                log.error("cannot serve peer %s: error=%s", address, error)
+
+    def _admit(self, stream: PeerStream) -> None:
+        with self._lock:
+            is_full = len(self._streams) >= self._max_connections
+            if not is_full:
+                self._counts["accepted"] += 1
+                thread = threading.Thread(
+                    target=self._serve, args=(stream,), name=f"kvmesh-peer-{stream.peer}", daemon=True
+                )
+                self._streams[stream] = thread
+                try:
+                    thread.start()
+                except RuntimeError:
+                    del self._streams[stream]
+                    raise
+        if is_full:
+            self._count("refused")
+            log.warning("peer refused peer=%s reason=full connections=%d", stream.peer, self._max_connections)
+            with contextlib.suppress(KVMeshError):
+                refusal = Refused("full", f"{self._max_connections} connections are open already")
+                stream.send_frame(encode(refusal), _soon(0.1))  # a fresh socket's buffer takes it at once
+            stream.close()
+
+    def _serve(self, stream: PeerStream) -> None:
+        """One connection's thread: from its Hello to its end."""
+        try:
+            if self._greet(stream):
+                self._answer_all(stream)
+        except (PeerProtocolError, MessageError) as error:
+            self._count("protocol_errors")
+            log.warning("peer connection closed peer=%s reason=protocol error=%s", stream.peer, error)
+        except PeerCancelledError:
+            pass
+        except PeerClosedError:
+            log.debug("peer connection closed peer=%s reason=closed_by_peer", stream.peer)
+        except KVMeshError as error:
+            log.warning("peer connection closed peer=%s reason=%s error=%s", stream.peer, type(error).__name__, error)
+        except Exception:
+            log.exception("peer connection closed peer=%s reason=internal", stream.peer)
+        finally:
+            with self._lock:
+                stream.close()
+                self._streams.pop(stream, None)
+
+    def _greet(self, stream: PeerStream) -> bool:
+        """Exchange Hellos; False when this peer is not to be served."""
+        deadline = _soon(self._handshake_timeout_s)
+        theirs = decode_hello(stream.receive_frame(deadline, HELLO_LIMIT_BYTES))
+        stream.send_frame(encode(self._ours), deadline)
+        stream.peer = f"{theirs.instance_id} from {stream.peer}"
+        if theirs.protocol != PROTOCOL_VERSION:
+            raise PeerProtocolError(
+                stream.peer, expected=f"protocol {PROTOCOL_VERSION}", found=f"protocol {theirs.protocol}"
+            )
+        wanted = (theirs.wanted_instance_id, theirs.wanted_incarnation)
+        if wanted != (self._ours.instance_id, self._ours.incarnation):
+            self._count("refused")
+            log.warning(
+                "peer refused peer=%s reason=looking_for_another wanted=%s incarnation=%s", stream.peer, *wanted
+            )
+            return False
+        differing = format_differences(self._ours, theirs)
+        if differing:
+            self._count("refused")
+            fields = "; ".join(map(str, differing))
+            log.warning("peer refused peer=%s reason=format_mismatch fields=%s", stream.peer, fields)
+            return False
+        return True
+
+    def _answer_all(self, stream: PeerStream) -> None:
+        while stream.wait_readable(self._idle_timeout_s):
+            try:
+                payload = stream.receive_frame(self._patience(), FRAME_LIMIT_BYTES)
+            except PeerReadError as error:
+                raise PeerClosedError(stream.peer, found=error.found) from None  # reset between requests: it just left
+            request = decode_request(payload)
+            if isinstance(request, Get):
+                self._send_chunks(stream, request)
+            else:
+                stream.send_frame(encode(self._answer(request)), self._patience())
+
+    def _patience(self) -> Deadline:
+        """No end as long as bytes flow."""
+        return Deadline(math.inf, self._stall_timeout_s)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve) -> Message:
+        if isinstance(request, Ping):
+            return Pong(request.nonce)
+        if isinstance(request, Lookup):
+            return Held(pack_bits([self._locate(key) is not None for key in request.keys]))
+        if isinstance(request, Validate):
+            return Validated([self._validate(asked.slot, asked.generation) for asked in request.slots])
+        if self._nixl is None:
+            return Refused("unsupported", "nixl is not offered here")
+        try:
+            return self._nixl.describe() if isinstance(request, NixlAttach) else self._resolve(self._nixl, request)
+        except TransferError as error:
+            log.error("cannot serve with nixl: %s", error)
+            return Refused("unsupported", str(error)[:1024])
+
+    def _find(self, key: bytes) -> Located | None:
+        """Where the chunk is, if the ledger agrees that it is there under this very key."""
+        located = self._locate(key)
+        if located is None:
+            return None
+        record = self._ledger.read(located.slot)
+        if record is None or record.generation != located.generation or record.key != key:
+            return None
+        return located
+
+    def _send_chunks(self, stream: PeerStream, request: Get) -> None:
+        """Header, payload, trailer for each key. A trailer leaves together with what follows it, to save a system
+        call.
+        """
+        owed: list[bytes | memoryview] = []
+        for position, key in enumerate(request.keys):
+            located = self._find(key)
+            if located is None:
+                owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, request.request, position, 0)))
+                self._count("gone")
+                continue
+            row = self._pool.row(located.slot)
+            owed += [pack_header(ChunkHeader(ChunkStatus.HELD, request.request, position, len(row))), row]
+            stream.send(owed, self._patience())
+            is_valid = self._ledger.is_current(located.slot, located.generation)
+            verdict = Verdict.VALID if is_valid else Verdict.STALE
+            checksum = located.checksum if is_valid else NO_CHECKSUM
+            owed = [pack_trailer(ChunkTrailer(verdict, request.request, position, checksum))]
+            self._count_served(is_valid)
+        stream.send(owed, self._patience())
+
+    def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
+        found = [self._find(key) for key in request.keys]
+        serving, addresses = nixl.addresses([located.slot for located in found if located is not None])
+        places: list[Place | None] = []
+        remaining = iter(addresses)
+        for located in found:
+            if located is None:
+                self._count("gone")
+                places.append(None)
+            else:
+                places.append(Place(next(remaining), self._pool.chunk_bytes, located.generation, located.slot))
+        return Resolved(serving, places)
+
+    def _validate(self, slot: int, generation: int) -> bytes:
+        """The checksum when the slot still holds what was resolved, otherwise empty."""
+        if slot >= self._ledger.slots:
+            raise MessageError(f"slot {slot} of a pool with {self._ledger.slots} slots")
+        is_readable = generation & 1 and self._ledger.is_current(slot, generation)
+        checksum = self._ledger.checksum(slot, generation) if is_readable else None
+        self._count_served(checksum is not None)
+        return checksum or b""
+
+    # -- counters ------------------------------------------------------------------------------------------------------
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._counts[what] += 1
+
+    def _count_served(self, is_valid: bool) -> None:
+        with self._lock:
+            if is_valid:
+                self._counts["served_chunks"] += 1
+                self._counts["served_bytes"] += self._pool.chunk_bytes
+            else:
+                self._counts["stale"] += 1
+
+
+def _soon(timeout_s: float) -> Deadline:
+    return Deadline(time.monotonic() + timeout_s, timeout_s)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        raise StartupError(
+            f"peer port {host}:{port}",
+            expected="a free port on an address of this host",
+            found=str(error),
+            hint="set the peer port (p2p_init_ports, p2p_lookup_ports) or p2p_host to one that is free",
+        ) from None

@@ -1,0 +1,306 @@
+"""The node: the one process of an instance that talks to the network.
+
+Composition only; each part has its own file. Everything here runs on the node's asyncio loop; transfers run in threads (peer server,
+fetcher) and hashing in one more.
+
+    engine link ---> inventory ---> directory client ---> controller
+         |               ^
+         |          peer server <--- other nodes' fetches
+         `--> fetcher ---> peers ---> transports ---> other nodes' peer servers
+                 ^
+              replica <--- directory client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import kvmesh
+from kvmesh.config import KVMeshConfig
+from kvmesh.core.format import Format
+from kvmesh.core.keys import ChunkKey
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.core.replica import Applied, Replica
+from kvmesh.directory.base import DirectoryClient
+from kvmesh.directory.controller_client import ControllerClient
+from kvmesh.node.admin import bind_admin, serve_admin
+from kvmesh.node.fetcher import Fetcher, JobResult, make_items
+from kvmesh.node.inventory import Inventory
+from kvmesh.node.peer_server import PeerServer
+from kvmesh.node.peers import Peers
+from kvmesh.node.transports import Transports
+from kvmesh.transfer.pool import HostPool
+from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, Snapshot
+
+log = logging.getLogger("kvmesh.node")
+
+
+class DirectoryState(NamedTuple):
+    connected: bool
+    ever_connected: bool
+    peers: int
+
+
+class NodeListener:
+    """What an engine hears of its node. The base class ignores everything: a stand-alone node has no engine."""
+
+    def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
+        """Keys that somebody else holds now, or nobody any more."""
+
+    def on_directory(self, state: DirectoryState) -> None: ...
+
+
+class Node:
+    """One instance's node over one pool. `start` binds and joins; `run` serves until cancelled."""
+
+    def __init__(
+        self,
+        config: KVMeshConfig,
+        kv_format: Format,
+        pool: HostPool,
+        ledger: SlotLedger,
+        listener: NodeListener | None = None,
+        *,
+        abort: Callable[[], None] = lambda: os._exit(70),
+    ) -> None:
+        self.config = config
+        self.format = kv_format
+        self.incarnation = secrets.token_hex(8)
+        self.instance_id = config.instance_id or f"{socket.gethostname()}-{os.getpid()}-{self.incarnation[:6]}"
+        self._listener = listener or NodeListener()
+        self._pool = pool
+        self._ledger = ledger
+        self._directory: DirectoryClient | None = None
+        self._connected = self._ever_connected = False
+        self._background = ThreadPoolExecutor(4, thread_name_prefix="connect")
+        self._fetches = self._fetched_chunks = self._fetched_bytes = 0
+        self._fetch_seconds = 0.0
+        self._misses: dict[str, int] = {}
+        self._admin: socket.socket | None = None
+        self.replica = Replica()
+        self.inventory = Inventory(pool, ledger, self._inventory_changed)
+        self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
+        self.peers = Peers(kv_format, self._transports.make, self._background)
+        self.fetcher = Fetcher(
+            self.replica, self.peers, chunk_bytes=pool.chunk_bytes, stall_s=config.stall_timeout_s, abort=abort
+        )
+        self.server = PeerServer(
+            pool,
+            ledger,
+            self.inventory.locate,
+            self._transports.hello,
+            host=config.host,
+            port=config.peer_port,
+            lookup_port=config.lookup_port,
+            nixl=self._transports.nixl_holder,
+        )
+
+    @property
+    def directory_connected(self) -> bool:
+        """Whether the directory answers now."""
+        return self._connected
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._pool.chunk_bytes
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> Member:
+        """Bind the peer port and announce what the ledger holds already. Raises StartupError when the port is taken.
+
+        Returns this node as the directory will know it.
+        """
+        if self.config.admin_port is not None:
+            self._admin = bind_admin(self.config.host, self.config.admin_port)
+        self._transports.start()
+        self.server.start()
+        self.inventory.republish()
+        if self.config.directory == "controller":
+            assert self.config.controller_pull_url and self.config.controller_reply_url
+            self._directory = ControllerClient(
+                pull_url=self.config.controller_pull_url,
+                reply_url=self.config.controller_reply_url,
+                heartbeat_url=self.config.controller_heartbeat_url,
+                heartbeat_interval_s=self.config.heartbeat_interval_s,
+                listener=self,
+            )
+        return Member(
+            instance_id=self.instance_id,
+            incarnation=self.incarnation,
+            peer_host=self.config.advertise_host,
+            peer_port=self.server.port,
+            admin_port=self._admin.getsockname()[1] if self._admin is not None else 0,
+            transports=self._transports.offered,
+            format=self.format,
+            slots=self._pool.slots,
+            version=kvmesh.__version__,
+        )
+
+    async def run(self, member: Member) -> None:
+        """Serve until cancelled."""
+        log.info(
+            "node is up instance=%s incarnation=%s address=%s transports=%s slots=%d chunk_bytes=%d format=%s",
+            self.instance_id,
+            self.incarnation,
+            member.peer_address,
+            ",".join(member.transports),
+            self._pool.slots,
+            self._pool.chunk_bytes,
+            self.format.format_id(),
+        )
+        tasks: list[Coroutine[None, None, None]] = []
+        if self._admin is not None:
+            tasks.append(serve_admin(self, self._admin))
+        if self._directory is not None:
+            tasks.append(self._directory.run(member))
+        await asyncio.gather(*tasks, _for_ever())
+
+    def close(self) -> None:
+        """End all threads and connections. Fetches that run end as misses."""
+        self.server.close()
+        self.fetcher.close()
+        for peer in list(self.peers):
+            peer.transport.close()
+        self.inventory.close()
+        self._transports.close()
+        self._background.shutdown(wait=False, cancel_futures=True)
+
+    # -- fetching ------------------------------------------------------------------------------------------------------
+
+    async def fetch(self, request_id: str, keys: Sequence[bytes], slots: Sequence[int], timeout_s: float) -> JobResult:
+        """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
+        result = await self.fetcher.fetch(make_items(keys, slots), timeout_s)
+        fetched = result.fetched()
+        for outcome in fetched:
+            if outcome.checksum is not None:
+                self.inventory.filled(outcome.item.slot, outcome.item.key, outcome.checksum)
+        misses = {reason.value: count for reason, count in result.misses().items()}
+        fetched_bytes = len(fetched) * self._pool.chunk_bytes
+        self._fetches += 1
+        self._fetched_chunks += len(fetched)
+        self._fetched_bytes += fetched_bytes
+        self._fetch_seconds += result.seconds
+        for reason, count in misses.items():
+            self._misses[reason] = self._misses.get(reason, 0) + count
+        transports = {peer.transport.name for holder in result.holders if (peer := self.peers.get(holder))}
+        log.info(
+            "fetch request=%s chunks=%d/%d bytes=%d seconds=%.4f gb_per_s=%.2f holders=%s transport=%s misses=%s",
+            request_id,
+            len(fetched),
+            len(keys),
+            fetched_bytes,
+            result.seconds,
+            fetched_bytes / max(result.seconds, 1e-9) / 1e9,
+            ",".join(result.holders) or "-",
+            ",".join(sorted(transports)) or "-",
+            ",".join(f"{reason}:{count}" for reason, count in misses.items()) or "-",
+        )
+        if self._directory is not None:
+            self._directory.report(
+                FetchReport(
+                    instance_id=self.instance_id,
+                    incarnation=self.incarnation,
+                    request_id=request_id[:256],
+                    holders=tuple(result.holders[:64]),
+                    transport=",".join(sorted(transports)) or "-",
+                    chunks_asked=len(keys),
+                    chunks_fetched=len(fetched),
+                    fetched_bytes=fetched_bytes,
+                    seconds=result.seconds,
+                    misses=misses,
+                )
+            )
+        return result
+
+    # -- DirectoryListener ---------------------------------------------------------------------------------------------
+
+    def on_connection(self, connected: bool) -> None:
+        self._connected = connected
+        self._ever_connected |= connected
+        self._tell_directory()
+
+    def on_member_up(self, member: Member) -> None:
+        known = self.peers.get(member.instance_id)
+        if known is not None and known.member.incarnation == member.incarnation:
+            return
+        if self.peers.add(member):
+            self._applied(self.replica.member_up(member.instance_id, member.incarnation))
+            log.info(
+                "peer joined instance=%s incarnation=%s address=%s",
+                member.instance_id,
+                member.incarnation,
+                member.peer_address,
+            )
+        else:
+            self._applied(
+                self.replica.member_down(member.instance_id, self.replica.incarnation(member.instance_id) or "")
+            )
+        self._tell_directory()
+
+    def on_member_down(self, instance_id: str, incarnation: str, reason: str) -> None:
+        if self.peers.get(instance_id) is not None:
+            log.info("peer gone instance=%s incarnation=%s reason=%s", instance_id, incarnation, reason)
+        self.peers.remove(instance_id)
+        self._applied(self.replica.member_down(instance_id, incarnation))
+        self._tell_directory()
+
+    def on_changes(self, changes: Changes) -> bool:
+        return self._applied(
+            self.replica.apply_changes(
+                changes.instance_id, changes.incarnation, changes.sequence, changes.added, changes.removed
+            )
+        )
+
+    def on_snapshot(self, part: Snapshot) -> bool:
+        return self._applied(
+            self.replica.apply_snapshot(
+                part.instance_id, part.incarnation, part.sequence, part.keys, part.first, part.last
+            )
+        )
+
+    def take_inventory(self) -> list[ChunkKey]:
+        self.inventory.drop_changes()
+        return self.inventory.keys()
+
+    def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
+        return self.inventory.take_changes(limit)
+
+    def statistics(self) -> NodeStatistics:
+        served = self.server.statistics()
+        return NodeStatistics(
+            published_chunks=len(self.inventory),
+            replica_chunks=len(self.replica),
+            fetched_chunks=self._fetched_chunks,
+            fetched_bytes=self._fetched_bytes,
+            fetch_seconds=self._fetch_seconds,
+            fetches=self._fetches,
+            served_chunks=served.served_chunks,
+            served_bytes=served.served_bytes,
+            misses=dict(self._misses),
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _inventory_changed(self) -> None:
+        if self._directory is not None:
+            self._directory.changes_pending()
+
+    def _applied(self, applied: Applied) -> bool:
+        if applied.appeared or applied.vanished:
+            self._listener.on_visible(applied.appeared, applied.vanished)
+        return not applied.gap
+
+    def _tell_directory(self) -> None:
+        self._listener.on_directory(DirectoryState(self._connected, self._ever_connected, len(self.peers)))
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()

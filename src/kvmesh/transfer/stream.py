@@ -1,0 +1,232 @@
+"""A connected socket on which every call is bounded in time.
+
+Blocking mode with SO_RCVTIMEO and SO_SNDTIMEO instead of Python's `settimeout`, which polls before each call: one
+system call per piece instead of two. MSG_WAITALL lets the kernel fill a large piece before it wakes us. Measured on
+loopback with 8 MiB chunks: 0.16 to 0.20 CPU seconds per GB at the receiver, against 0.23 to 0.26 with plain `recv_into`
+and 0.3 with pieces of 256 KiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from kvmesh.core.reasons import MissReason
+from kvmesh.errors import (
+    FormatMismatch,
+    KVMeshError,
+    PeerCancelledError,
+    PeerClosedError,
+    PeerConnectError,
+    PeerProtocolError,
+    PeerReadError,
+    PeerTimeoutError,
+    PeerWriteError,
+)
+from kvmesh.transfer.base import Deadline
+from kvmesh.wire.framing import LENGTH_BYTES, FrameError, pack_frame, parse_length
+
+_TIMEVAL = struct.Struct("ll")
+_SHORTEST_S = 0.001
+"""The kernel's clock for socket timeouts ticks every 1 to 4 ms, and zero would mean for ever."""
+_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
+
+
+class PeerStalledError(PeerTimeoutError):
+    """The peer sent (or took) no byte for the stall time; the deadline itself has not passed."""
+
+
+class PeerStream:
+    """One stream socket, for one thread at a time; `shut_down` may be called from any thread.
+
+    Every method raises a PeerError after which the stream must be closed. Slots are only ever written inside
+    `receive_into`, by the calling thread: when it has returned or raised, nobody writes into them.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self._socket = sock
+        self._armed_s = {socket.SO_RCVTIMEO: math.nan, socket.SO_SNDTIMEO: math.nan}
+        self._shut = False
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        sock.settimeout(None)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+
+    def receive_into(self, view: memoryview, deadline: Deadline) -> None:
+        """Fill `view`. Raises PeerTimeoutError, PeerStalledError, PeerClosedError or PeerReadError."""
+        received = 0
+        while received < len(view):
+            by_deadline = self._arm(socket.SO_RCVTIMEO, deadline)
+            try:
+                count = self._socket.recv_into(view[received:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise self._timed_out(by_deadline, "a byte") from None
+            except OSError as error:
+                raise self._broken(PeerReadError, error) from None
+            if not count:
+                raise self._broken(PeerClosedError, None)
+            received += count
+
+    def receive_frame(self, deadline: Deadline, limit_bytes: int) -> bytes:
+        """The next frame's payload. Raises as `receive_into`, and PeerProtocolError for a length outside the limit."""
+        prefix = bytearray(LENGTH_BYTES)
+        self.receive_into(memoryview(prefix), deadline)
+        try:
+            length = parse_length(prefix, limit_bytes)
+        except FrameError as error:
+            raise PeerProtocolError(self.peer, found=str(error)) from None
+        payload = bytearray(length)
+        self.receive_into(memoryview(payload), deadline)
+        return bytes(payload)
+
+    def send(self, parts: Sequence[bytes | memoryview], deadline: Deadline) -> None:
+        """Send all of `parts`. When this returns, the kernel has copied every byte: the memory may be reused.
+
+        Raises PeerTimeoutError, PeerStalledError or PeerWriteError.
+        """
+        rest = [memoryview(part) for part in parts]
+        while rest:
+            by_deadline = self._arm(socket.SO_SNDTIMEO, deadline)
+            try:
+                count = self._socket.sendmsg(rest)  # never with MSG_ZEROCOPY: see above
+            except BlockingIOError:
+                raise self._timed_out(by_deadline, "room to send") from None
+            except OSError as error:
+                raise self._broken(PeerWriteError, error) from None
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
+
+    def send_frame(self, payload: bytes, deadline: Deadline) -> None:
+        """Send one frame. Raises as `send`."""
+        self.send([pack_frame(payload)], deadline)
+
+    def wait_readable(self, timeout_s: float) -> bool:
+        """True when there is something to read, an end of the stream included."""
+        return bool(self._poll.poll(math.ceil(timeout_s * 1000)))
+
+    def shut_down(self) -> None:
+        """Make the call that another thread is in, and all later ones, fail at once. The owner still has to close."""
+        self._shut = True
+        with contextlib.suppress(OSError):  # not connected any more
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket. By the thread that uses it only: its number may be given to another file at once."""
+        self._shut = True
+        self._socket.close()
+
+    def _arm(self, option: int, deadline: Deadline) -> bool:
+        """Set the kernel's timeout to what is allowed now; True when it is the deadline that bounds it, not the stall
+        time.
+        """
+        remaining_s = deadline.at_s - time.monotonic()
+        if remaining_s <= 0:
+            raise self._timed_out(by_deadline=True, awaited="an answer")
+        by_deadline = remaining_s < deadline.stall_s
+        allowed_s = remaining_s if by_deadline else deadline.stall_s
+        if self._armed_s[option] != allowed_s:
+            seconds, fraction = divmod(max(allowed_s, _SHORTEST_S), 1)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(fraction * 1e6)))
+            except OSError as error:
+                raise self._broken(PeerReadError, error) from None
+            self._armed_s[option] = allowed_s
+        return by_deadline
+
+    def _timed_out(self, by_deadline: bool, awaited: str) -> PeerTimeoutError:
+        if by_deadline:
+            return PeerTimeoutError(self.peer, expected=f"{awaited} before the deadline", found="none")
+        return PeerStalledError(self.peer, expected=f"{awaited} within the stall time", found="none")
+
+    def _broken(
+        self, kind: type[PeerReadError | PeerWriteError | PeerClosedError], error: OSError | None
+    ) -> KVMeshError:
+        if self._shut:
+            return PeerCancelledError(self.peer, found="connection closed on our side")
+        if error is None:
+            return kind(self.peer, found="connection closed by the peer")
+        return kind(self.peer, found=str(error))
+
+
+def connect(host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:
+    """Connect to the first address of `host` that answers. Raises PeerConnectError, or PeerTimeoutError at the
+    deadline.
+    """
+    error: OSError | None = None
+    for family, address in _resolve(host, port, deadline, peer):
+        remaining_s = deadline.at_s - time.monotonic()
+        if remaining_s <= 0:
+            break
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(min(remaining_s, deadline.stall_s))
+            sock.connect(address)
+            return PeerStream(sock, peer)
+        except OSError as failure:
+            sock.close()
+            error = failure
+    if time.monotonic() >= deadline.at_s:
+        raise PeerTimeoutError(peer, expected="a connection before the deadline", found=str(error or "none"))
+    raise PeerConnectError(peer, expected=f"a node listening on {host}:{port}", found=str(error or "no address"))
+
+
+_Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+
+
+def _resolve(host: str, port: int, deadline: Deadline, peer: str) -> list[_Address]:
+    """Addresses of `host`. A name server that does not answer blocks a thread of its own, not the caller's deadline."""
+
+    def look_up(flags: int = 0) -> list[_Address]:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        return [(family, address) for family, _, _, _, address in found]
+
+    with contextlib.suppress(OSError):
+        return look_up(socket.AI_NUMERICHOST)
+    answers: queue.SimpleQueue[list[_Address] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(look_up())
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name=f"kvmesh-resolve-{host}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(0.0, min(deadline.stall_s, deadline.at_s - time.monotonic())))
+    except queue.Empty:
+        raise PeerConnectError(
+            peer, expected=f"an address for {host}", found="no answer from the name service"
+        ) from None
+    if isinstance(answer, OSError):
+        raise PeerConnectError(peer, expected=f"an address for {host}", found=str(answer))
+    return answer
+
+
+def reason_of(error: KVMeshError) -> MissReason:
+    """The reason under which chunks are missed when a conversation with a peer ended with `error`."""
+    if isinstance(error, FormatMismatch):
+        return MissReason.FORMAT_MISMATCH
+    if isinstance(error, PeerStalledError):
+        return MissReason.PEER_STALLED
+    if isinstance(error, PeerTimeoutError):
+        return MissReason.DEADLINE
+    if isinstance(error, PeerProtocolError):
+        return MissReason.PROTOCOL
+    if isinstance(error, (PeerReadError, PeerWriteError, PeerClosedError, PeerCancelledError)):
+        return MissReason.PEER_LOST
+    return MissReason.PEER_UNREACHABLE

@@ -1,0 +1,123 @@
+"""Every vLLM internal that kvmesh uses, imported in this one module and nowhere else.
+
+Supported: vLLM 0.31 to 0.33. A version outside the range, or one inside whose internals have moved, stops the engine at start-up
+with one sentence instead of an ImportError from somewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from packaging.version import Version
+
+from kvmesh.errors import VersionError
+
+SUPPORTED_FROM: Final = Version("0.31")
+SUPPORTED_BELOW: Final = Version("0.34.dev0")
+
+
+def installed_version() -> Version:
+    """The version of the installed vLLM, whichever distribution brought it."""
+    from vllm.version import __version__  # noqa: PLC0415  (vLLM is not a dependency of the other packages)
+
+    return Version(__version__)
+
+
+def check_version(found: Version) -> None:
+    """Raise VersionError when this vLLM is not supported."""
+    if not SUPPORTED_FROM <= Version(found.base_version) < SUPPORTED_BELOW:
+        raise VersionError(
+            "vLLM",
+            expected=f"a version from {SUPPORTED_FROM} to 0.33",
+            found=str(found),
+            hint="install a supported vLLM, or a kvmesh that supports this one",
+        )
+
+
+check_version(installed_version())
+
+try:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.base import (
+        CanonicalKVCaches,
+        GPULoadStoreSpec,
+        LookupResult,
+        OffloadingCounterMetadata,
+        OffloadingGaugeMetadata,
+        OffloadingHistogramMetadata,
+        OffloadingManager,
+        OffloadingMetricMetadata,
+        OffloadingWorker,
+        OffloadKey,
+        ReqContext,
+        RequestOffloadingContext,
+        TransferResult,
+    )
+    from vllm.v1.kv_offload.config import OffloadingConfig
+    from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+    from vllm.v1.kv_offload.cpu.policies.arc import ARCCachePolicy
+    from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
+    from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+    from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+except ImportError as error:
+    raise VersionError(
+        "vLLM",
+        expected="the offloading interfaces of vLLM 0.31 to 0.33",
+        found=f"{installed_version()} without {error.name or error}",
+        hint="install a released vLLM of a supported version",
+    ) from error
+
+try:  # since 0.32
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    HIT_SOURCE: object | None = CacheHitSource.P2P
+except ImportError:
+    HIT_SOURCE = None
+
+__all__ = [
+    "HIT_SOURCE",
+    "ARCCachePolicy",
+    "CPULoadStoreSpec",
+    "CachePolicy",
+    "CanonicalKVCaches",
+    "ChunkStatus",
+    "GPULoadStoreSpec",
+    "JobResult",
+    "KVCacheConfig",
+    "KVConnectorFactory",
+    "KVConnectorPromMetrics",
+    "KVConnectorRole",
+    "LRUCachePolicy",
+    "LookupResult",
+    "OffloadKey",
+    "OffloadingConfig",
+    "OffloadingConnector",
+    "OffloadingConnectorStats",
+    "OffloadingCounterMetadata",
+    "OffloadingGaugeMetadata",
+    "OffloadingHistogramMetadata",
+    "OffloadingManager",
+    "OffloadingMetricMetadata",
+    "OffloadingWorker",
+    "ReqContext",
+    "RequestOffloadingContext",
+    "SecondaryTierManager",
+    "SharedOffloadRegion",
+    "TieringOffloadingSpec",
+    "TransferJob",
+    "TransferResult",
+    "VllmConfig",
+    "current_platform",
+    "init_logger",
+    "installed_version",
+]

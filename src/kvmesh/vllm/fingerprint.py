@@ -1,0 +1,149 @@
+"""The format of this engine's KV, read off vLLM's configuration and the model's files.
+
+The digest of the weights makes two names for one model equal and one name for two models different. It reads the model's
+configuration, every safetensors header and a few kilobytes sampled over each file: tens of milliseconds, at start-up only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from kvmesh.core.format import Format
+from kvmesh.vllm.compat import OffloadingConfig, VllmConfig, current_platform, init_logger, installed_version
+
+logger = init_logger("vllm.kvmesh.fingerprint")
+
+SAMPLES_PER_FILE = 64
+SAMPLE_BYTES = 4096
+MAX_HEADER_BYTES = 100 * 1024 * 1024
+
+
+class ModelFacts(TypedDict):
+    """What the format needs and only `VllmConfig` knows; plain values, since it travels in vLLM's extra configuration."""
+
+    model_name: str
+    model_weights: str
+    model_dtype: str
+    hash_algorithm: str
+    hash_seed: str
+
+
+def model_facts(vllm_config: VllmConfig) -> ModelFacts:
+    """Read the model's identity. File access; called once while the engine starts."""
+    model = vllm_config.model_config
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    local = Path(model.model)
+    return ModelFacts(
+        model_name=local.resolve().name if local.is_dir() else str(model.model),
+        model_weights=_weights_digest(vllm_config),
+        model_dtype=str(model.dtype).removeprefix("torch."),
+        hash_algorithm=algorithm,
+        # With PYTHONHASHSEED set, vLLM seeds the first block hash with it; without, the seed is fixed.
+        hash_seed=os.environ.get("PYTHONHASHSEED", ""),
+    )
+
+
+def make_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int) -> Format:
+    """Put together what two instances must agree on. `chunk_bytes` is the size of a slot over all ranks."""
+    parallel = config.parallel
+    tokens_per_block = config.groups[0].tokens_per_block
+    kv_dtype = config.model.dtype
+    if kv_dtype != facts["model_dtype"]:
+        kv_dtype = f"{kv_dtype} (model {facts['model_dtype']})"
+    sizes = f"tp{parallel.tp_size} pp{parallel.pp_size} pcp{parallel.pcp_size} dcp{parallel.dcp_size}"
+    layout = "canonical" if config.canonical_layout else (config.kv_cache_layout or "default")
+    version = installed_version()
+    return Format(
+        model_name=facts["model_name"],
+        model_weights=facts["model_weights"],
+        kv_dtype=kv_dtype,
+        kv_layout=f"{layout} {current_platform.device_type} vllm-{version.major}.{version.minor}",
+        block_tokens=tokens_per_block,
+        chunk_tokens=tokens_per_block * config.cache.blocks_per_chunk,
+        chunk_bytes=chunk_bytes,
+        groups="; ".join(
+            f"{group.group_id}: {len(group.layer_names)} layers x {group.tokens_per_block} tokens"
+            for group in config.groups
+        ),
+        hash_algorithm=facts["hash_algorithm"],
+        hash_seed=facts["hash_seed"],
+        parallel_layout="any" if config.canonical_layout and parallel.is_parallelism_agnostic else sizes,
+        instruction_set=_instruction_set(),
+    )
+
+
+def _instruction_set() -> str:
+    """vLLM's CPU attention packs KV blocks by what the processor can do; elsewhere the layout does not depend on it."""
+    if not current_platform.is_cpu():
+        return ""
+    amx = torch._C._cpu._is_amx_tile_supported() if platform.machine() == "x86_64" else False
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' AMX' if amx else ''}"
+
+
+def _weights_digest(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    load_format = str(vllm_config.load_config.load_format)
+    if "dummy" in load_format:
+        return f"dummy weights, seed {model.seed}, config {_config_digest(model.hf_config.to_json_string())}"
+    folder = _model_folder(str(model.model), model.revision)
+    if folder is None:
+        logger.warning(
+            "the files of model %s are not on this host, so its weights cannot be compared with other instances'; name and revision %s are",
+            model.model,
+            model.revision,
+        )
+        return f"by name only, revision {model.revision or 'default'}"
+    return weights_digest(folder)
+
+
+def _config_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _model_folder(model: str, revision: str | None) -> Path | None:
+    local = Path(model)
+    if local.is_dir():
+        return local
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  (comes with vLLM, not with kvmesh)
+
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception as error:  # noqa: BLE001  (whatever the hub client raises: the files are not here)
+        logger.debug("no local snapshot of %s: %r", model, error)
+        return None
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of config.json, and of the headers and sampled bytes of all safetensors files; 32 hexadecimal digits.
+
+    Folders without safetensors (pickled or GGUF weights) are digested by size and samples of every weight file.
+    """
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.exists():
+        digest.update(config.read_bytes())
+    files = sorted(folder.glob("*.safetensors")) or sorted(
+        [*folder.glob("*.bin"), *folder.glob("*.gguf"), *folder.glob("*.pt")]
+    )
+    for path in files:
+        digest.update(path.name.encode())
+        _sample(path, digest)
+    return digest.hexdigest()[:32]
+
+
+def _sample(path: Path, digest: hashlib._Hash) -> None:
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
+        for index in range(SAMPLES_PER_FILE):
+            file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES_PER_FILE - 1))
+            digest.update(file.read(SAMPLE_BYTES))

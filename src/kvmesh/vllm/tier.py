@@ -1,0 +1,272 @@
+"""`PeerTier`: the secondary tier through which vLLM looks up, fetches and publishes chunks.
+
+All of it runs on the scheduler thread and none of it waits: a lookup reads a set, everything else appends to a queue. What happens to one
+request, in vLLM's order:
+
+    lookup (per chunk)  HIT when some other instance is known to hold the chunk
+    submit_load         the request's chunks with the slots vLLM allocated for them: a fetch job for the node
+    get_finished_jobs   what has come; those chunks are published in turn, the others will be computed
+    submit_store        chunks that this engine has computed: published
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.core.reasons import MissReason
+from kvmesh.node.handle import FinishedJob, NodeHandle
+from kvmesh.vllm import fingerprint
+from kvmesh.vllm.compat import (
+    HIT_SOURCE,
+    JobResult,
+    LookupResult,
+    OffloadingConnectorStats,
+    OffloadingMetricMetadata,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    SecondaryTierManager,
+    TransferJob,
+    init_logger,
+)
+from kvmesh.vllm.connector import FACTS_KEY, tier_config
+from kvmesh.vllm.pool_files import find_segments
+from kvmesh.vllm.tier_metrics import TierMetrics, metric_definitions
+
+logger = init_logger("vllm.kvmesh.tier")
+
+MAX_FAILED_KEYS = 100_000
+"""Bound of the negative cache; beyond it the oldest entries go."""
+
+
+@dataclass
+class _Request:
+    """What the tier remembers of one request; kept in vLLM's request context."""
+
+    counted: set[OffloadKey] = field(default_factory=set)
+    """Keys whose lookup was counted: vLLM asks again at every step while it waits."""
+    failed: set[OffloadKey] = field(default_factory=set)
+    """Chunks that could not be fetched for this request. They stay misses for it, so it is never fetched in circles."""
+    worthwhile: bool | None = None
+    """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
+
+
+class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
+    """The other instances' pools, as a tier below this engine's own."""
+
+    cache_hit_source = HIT_SOURCE
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        **unknown: Any,
+    ) -> None:
+        """Start the node over vLLM's pool. Raises StartupError (busy port, no such address, ...), which ends the engine's start."""
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        if unknown:
+            raise TypeError(f"PeerTier takes no options of its own; found {sorted(unknown)}")
+        config = tier_config(offloading_spec)
+        self._config = config
+        slots, chunk_bytes = primary_kv_view.shape
+        kv_format = fingerprint.make_format(
+            offloading_spec.extra_config[FACTS_KEY], offloading_spec.config, chunk_bytes=chunk_bytes
+        )
+        self._chunk_tokens = kv_format.chunk_tokens
+        self._chunk_bytes = chunk_bytes
+        self.ledger = SlotLedger.create(slots, chunk_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(primary_kv_view))
+        self._node = NodeHandle(
+            config.to_wire(),
+            kv_format,
+            self.ledger,
+            find_segments(address, slots * chunk_bytes),
+            log_level=config.log_level,
+        )
+        self._loads: dict[int, TransferJob] = {}
+        self._stored: list[JobResult] = []
+        self._failed_until_s: dict[OffloadKey, float] = {}
+        self._metrics = TierMetrics()
+        ready = self._node.start()
+        logger.info(
+            "KVMesh node is up: instance %s, incarnation %s, peers connect to %s:%d; pool of %d slots x %d bytes, %d tokens per chunk, format %s",
+            ready.instance_id,
+            ready.incarnation,
+            ready.peer_host,
+            ready.peer_port,
+            slots,
+            chunk_bytes,
+            self._chunk_tokens,
+            kv_format.format_id(),
+        )
+
+    @property
+    def node(self) -> NodeHandle:
+        return self._node
+
+    def on_retract(self, slots: list[int]) -> None:
+        """The policy has taken slots back; the ledger says so already."""
+        self._node.retract(slots)
+
+    # -- SecondaryTierManager: lookups ---------------------------------------------------------------------------------
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        request = self._request(req_context)
+        reason = self._miss_reason(key, request, req_context)
+        if key not in request.counted:
+            request.counted.add(key)
+            self._metrics.looked_up(reason)
+        return LookupResult.HIT if reason is None else LookupResult.MISS
+
+    def _miss_reason(self, key: OffloadKey, request: _Request, req_context: ReqContext) -> MissReason | None:
+        if not self._node.is_visible(key):
+            return self._why_invisible()
+        if key in request.failed or self._failed_recently(key):
+            return MissReason.RECENTLY_FAILED
+        if request.worthwhile is None:
+            request.worthwhile = self._is_worthwhile(key, req_context)
+        return None if request.worthwhile else MissReason.BELOW_MINIMUM
+
+    def _why_invisible(self) -> MissReason:
+        state = self._node.state
+        if not state.alive:
+            return MissReason.NODE_DOWN
+        if not state.directory_ever_connected:
+            return MissReason.NO_DIRECTORY
+        return MissReason.NOT_PUBLISHED if state.peers else MissReason.NO_PEERS
+
+    def _failed_recently(self, key: OffloadKey) -> bool:
+        until_s = self._failed_until_s.get(key)
+        if until_s is None:
+            return False
+        if time.monotonic() < until_s:
+            return True
+        del self._failed_until_s[key]
+        return False
+
+    def _is_worthwhile(self, first: OffloadKey, req_context: ReqContext) -> bool:
+        """Whether the peers hold at least `min_retrieve_tokens` from `first` on. Positions are in prefix order within a group."""
+        wanted = self._config.min_retrieve_tokens
+        if wanted <= self._chunk_tokens:
+            return True
+        keys = list(req_context._offload_key_positions)
+        run = 0
+        for key in keys[keys.index(first) :] if first in keys else ():
+            if not self._node.is_visible(key):
+                break
+            run += self._chunk_tokens
+        return run >= wanted
+
+    def _request(self, req_context: ReqContext) -> _Request:
+        request: _Request | None = req_context.get_state(_Request)
+        if request is None:
+            request = _Request()
+            req_context.set_state(request)
+        return request
+
+    # -- SecondaryTierManager: jobs ------------------------------------------------------------------------------------
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        slots: list[int] = job_metadata.chunk_ids.tolist()
+        for slot in slots:
+            self.ledger.retract(slot)  # the policy has done so; a slot that is written into must never be readable
+        self._loads[job_metadata.job_id] = job_metadata
+        self._node.fetch(
+            job_metadata.job_id,
+            job_metadata.req_context.req_id,
+            list[bytes](job_metadata.keys),
+            slots,
+            self._config.fetch_timeout_s,
+        )
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        """Publish what the engine has computed. Nothing is copied, so the job is done at once and pins nothing."""
+        self._publish(job_metadata.keys, job_metadata.chunk_ids.tolist(), fetched=False)
+        self._stored.append(JobResult(job_metadata.job_id, True, transfer_time=0.0, transfer_bytes=0))
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        results, self._stored = self._stored, []
+        for finished in self._node.take_finished():
+            job = self._loads.pop(finished.job_id, None)
+            if job is not None:
+                results.append(self._finish_load(job, finished))
+        return results
+
+    def has_pending_work(self) -> bool:
+        return self._node.has_jobs()
+
+    def drain_jobs(self) -> None:
+        self._node.drain()
+
+    def shutdown(self) -> None:
+        self._node.close()
+
+    def _publish(self, keys: Iterable[OffloadKey], slots: list[int], *, fetched: bool) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            self.ledger.publish(slot, key)
+        if slots:
+            self._node.publish(slots, fetched=fetched)
+
+    def _finish_load(self, job: TransferJob, finished: FinishedJob) -> JobResult:
+        """Publish what has come (fetched chunks spread hot prefixes by use), remember what has not."""
+        keys: list[OffloadKey] = list(job.keys)
+        slots: list[int] = job.chunk_ids.tolist()
+        good = [index for index, reason in enumerate(finished.reasons) if reason is None]
+        good_keys = [keys[index] for index in good]
+        self._publish(good_keys, [slots[index] for index in good], fetched=True)
+        self._remember_failed(
+            job.req_context, [keys[i] for i, reason in enumerate(finished.reasons) if reason is not None]
+        )
+        self._metrics.fetched(finished)
+        self._log(job, finished, len(good))
+        return JobResult(
+            job.job_id,
+            success=len(good) == len(keys),
+            successful_keys=good_keys,
+            transfer_time=finished.seconds,
+            transfer_bytes=finished.fetched_bytes,
+        )
+
+    def _remember_failed(self, req_context: ReqContext, keys: list[OffloadKey]) -> None:
+        if not keys:
+            return
+        request = self._request(req_context)
+        request.failed.update(keys)
+        until_s = time.monotonic() + self._config.negative_cache_s
+        for key in keys:
+            self._failed_until_s[key] = until_s
+        while len(self._failed_until_s) > MAX_FAILED_KEYS:
+            del self._failed_until_s[next(iter(self._failed_until_s))]
+
+    def _log(self, job: TransferJob, finished: FinishedJob, fetched: int) -> None:
+        reasons = {reason.value: finished.reasons.count(reason) for reason in finished.reasons if reason is not None}
+        logger.info(
+            "Retrieved %d out of %d requested tokens from peers. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; request %s, holders %s%s",
+            fetched * self._chunk_tokens,
+            len(finished.reasons) * self._chunk_tokens,
+            finished.fetched_bytes / 1e9,
+            finished.seconds * 1e3,
+            finished.fetched_bytes / max(finished.seconds, 1e-9) / 1e9,
+            job.req_context.req_id,
+            ", ".join(finished.holders) or "none",
+            f"; missed chunks {reasons}" if reasons else "",
+        )
+
+    # -- SecondaryTierManager: metrics ---------------------------------------------------------------------------------
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        return metric_definitions()
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        return self._metrics.take(self._node)

@@ -1,0 +1,91 @@
+"""The tier's metrics, shown on vLLM's own `/metrics`. Names and labels are documented in docs/metrics.md."""
+
+from __future__ import annotations
+
+from kvmesh.core.reasons import MissReason
+from kvmesh.node.handle import FinishedJob, NodeHandle
+from kvmesh.vllm.compat import (
+    OffloadingConnectorStats,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingHistogramMetadata,
+    OffloadingMetricMetadata,
+)
+
+LOOKUPS = "kvmesh_lookup_chunks"
+FETCHED_CHUNKS = "kvmesh_fetched_chunks"
+FETCHED_BYTES = "kvmesh_fetched_bytes"
+MISSED_CHUNKS = "kvmesh_fetch_missed_chunks"
+FETCH_SECONDS = "kvmesh_fetch_seconds"
+VISIBLE_CHUNKS = "kvmesh_visible_chunks"
+PEERS = "kvmesh_peers"
+NODE_UP = "kvmesh_node_up"
+NODE_RESTARTS = "kvmesh_node_restarts"
+
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
+    """What vLLM needs to know of them, in its API server and its engine."""
+    return {
+        LOOKUPS: OffloadingCounterMetadata(
+            documentation="Chunks looked up at peers, once per request and chunk, by result and reason.",
+            labelnames=("result", "reason"),
+        ),
+        FETCHED_CHUNKS: OffloadingCounterMetadata(documentation="Chunks fetched from peers."),
+        FETCHED_BYTES: OffloadingCounterMetadata(documentation="Bytes fetched from peers."),
+        MISSED_CHUNKS: OffloadingCounterMetadata(
+            documentation="Chunks asked for in a fetch that did not come, by reason.", labelnames=("reason",)
+        ),
+        FETCH_SECONDS: OffloadingHistogramMetadata(
+            documentation="Duration of fetches, in seconds.", buckets=SECONDS_BUCKETS
+        ),
+        VISIBLE_CHUNKS: OffloadingGaugeMetadata(documentation="Chunks that other instances are known to hold."),
+        PEERS: OffloadingGaugeMetadata(documentation="Other instances whose KV is interchangeable with ours."),
+        NODE_UP: OffloadingGaugeMetadata(documentation="1 while the node process of this engine is running."),
+        NODE_RESTARTS: OffloadingGaugeMetadata(documentation="How often the node process was started again."),
+    }
+
+
+class TierMetrics:
+    """Counts on the scheduler thread; handed to vLLM after each step, and only when something changed."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[MissReason | None, int] = {}
+        self._finished: list[FinishedJob] = []
+        self._gauges: tuple[int, int, int, int] | None = None
+
+    def looked_up(self, reason: MissReason | None) -> None:
+        """Count one lookup; None is a hit."""
+        self._lookups[reason] = self._lookups.get(reason, 0) + 1
+
+    def fetched(self, finished: FinishedJob) -> None:
+        self._finished.append(finished)
+
+    def take(self, node: NodeHandle) -> OffloadingConnectorStats | None:
+        """What happened since the last call, in vLLM's form; None when nothing did."""
+        state = node.state
+        gauges = (node.visible_count(), state.peers, int(state.alive), node.restarts)
+        if not self._lookups and not self._finished and gauges == self._gauges:
+            return None
+        stats = OffloadingConnectorStats()
+        for name, value in zip((VISIBLE_CHUNKS, PEERS, NODE_UP, NODE_RESTARTS), gauges, strict=True):
+            stats.set_gauge(name, value)
+        self._gauges = gauges
+        for reason, count in self._lookups.items():
+            labels = ("hit", "") if reason is None else ("miss", reason.value)
+            stats.increase_counter(LOOKUPS, count, labels)
+        self._lookups.clear()
+        for finished in self._finished:
+            self._count(stats, finished)
+        self._finished.clear()
+        return stats
+
+    @staticmethod
+    def _count(stats: OffloadingConnectorStats, finished: FinishedJob) -> None:
+        stats.increase_counter(FETCHED_CHUNKS, finished.reasons.count(None))
+        stats.increase_counter(FETCHED_BYTES, finished.fetched_bytes)
+        stats.observe_histogram(FETCH_SECONDS, finished.seconds)
+        for reason in finished.reasons:
+            if reason is not None:
+                stats.increase_counter(MISSED_CHUNKS, 1, (reason.value,))

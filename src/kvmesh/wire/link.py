@@ -1,0 +1,126 @@
+"""Messages between an engine and its node. This docstring is the protocol's specification.
+
+A unix stream socket that the engine makes before it starts the node; frames (`wire.framing`) with one msgpack struct each. The node inherits the descriptors of the ledger and the pool by number.
+
+    engine                                node
+     |-- Start ----------------------------->|  once; the node binds its ports, reads the ledger, joins the directory
+     |<------------------ Ready | Failed ----|
+     |-- Publish(slots) -------------------->|  bytes are complete and the ledger names the keys
+     |-- Retract(slots) -------------------->|  the ledger's generations have moved already
+     |-- Fetch(job) ------------------------>|
+     |<------------------- FetchDone(job) ---|  exactly one per job; nothing writes into its slots any more
+     |-- GiveUp ---------------------------->|  end all jobs at once (the pool is being reset)
+     |<------------ Visible(keys) -----------|  the node's replica, as a set of keys that somebody else holds
+     |<------------ Directory(state) --------|
+
+Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the jobs
+that were out have failed once the process is known to be dead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from kvmesh.core.format import Format
+from kvmesh.core.reasons import MissReason
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+
+
+class Segment(NamedTuple):
+    """A part of the pool, as in `kvmesh.transfer.pool.PoolSegment`: a descriptor number that the node has inherited."""
+
+    fd: int
+    offset_bytes: int
+    length_bytes: int
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of everything on the link."""
+
+
+class Start(Message, frozen=True):
+    config: bytes
+    """The engine's resolved configuration (`KVMeshConfig.to_wire`)."""
+    format: Format
+    ledger_fd: int
+    segments: tuple[Segment, ...]
+    engine_pid: int
+    peer_port: int = 0
+    """The port of the node before this one, 0 for the first: on the same address the directory knows its successor at once."""
+
+
+class Publish(Message, frozen=True):
+    slots: list[int]
+    fetched: bool
+    """The bytes were pulled from a peer by this node, which knows their checksum already."""
+
+
+class Retract(Message, frozen=True):
+    slots: list[int]
+
+
+class Fetch(Message, frozen=True):
+    job_id: int
+    request_id: str
+    keys: list[bytes]
+    slots: list[int]
+    timeout_s: float
+
+
+class GiveUp(Message, frozen=True):
+    pass
+
+
+class Ready(Message, frozen=True):
+    instance_id: str
+    incarnation: str
+    peer_host: str
+    peer_port: int
+    admin_port: int
+
+
+class Failed(Message, frozen=True):
+    """The node cannot start; `text` is for the person who started the engine."""
+
+    text: str
+
+
+class FetchDone(Message, frozen=True):
+    job_id: int
+    reasons: list[MissReason | None]
+    """One per key in order; None: the slot holds the chunk."""
+    fetched_bytes: int
+    seconds: float
+    holders: list[str]
+    """Instances that supplied chunks."""
+
+
+class Visible(Message, frozen=True):
+    appeared: list[bytes]
+    vanished: list[bytes]
+    reset: bool
+    """Forget everything first."""
+
+
+class Directory(Message, frozen=True):
+    connected: bool
+    """The directory answers now."""
+    ever_connected: bool
+    peers: int
+    """Other instances with our format."""
+
+
+ToNode = Start | Publish | Retract | Fetch | GiveUp
+ToEngine = Ready | Failed | FetchDone | Visible | Directory
+
+_encoder = msgspec.msgpack.Encoder()
+to_node_decoder = msgspec.msgpack.Decoder(ToNode)
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+
+
+def encode(message: Message) -> bytes:
+    """One message as the payload of one frame."""
+    return _encoder.encode(message)

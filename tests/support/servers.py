@@ -1,0 +1,133 @@
+"""Pairs of real vLLM servers for the end-to-end tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from kvmesh.bench.cluster import Completion, Controller, Instance, complete, instance_config, metric, tail, wait_healthy
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.transfer.pool import HostPool, PoolSegment
+
+CHUNK_TOKENS = 256
+WORDS = [f"{first}{second}" for first in ("ka", "lo", "mi", "nu", "pe", "ra", "si", "to") for second in "bdfgklmnprstvz"]
+
+
+class Pair(NamedTuple):
+    controller: Controller
+    first: Instance
+    second: Instance
+
+    def show_logs(self) -> str:
+        """The ends of all logs, for failure messages."""
+        return "\n".join(f"--- {process.name}\n{tail(process.log(), 60)}" for process in self)
+
+
+@contextlib.contextmanager
+def running_pair(
+    folder: Path,
+    model: Path,
+    *,
+    config: Mapping[str, object] | None = None,
+    arguments: Sequence[str] = ("--no-enable-prefix-caching",),
+    max_model_len: int = 8192,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Pair]:
+    """A controller and two instances that know each other; everything ends with the block."""
+    with contextlib.ExitStack() as stack:
+        controller = Controller(folder)
+        stack.callback(controller.stop)
+        controller.start()
+        wait_healthy(controller, timeout_s=60)
+        instances = []
+        for number in (1, 2):
+            instance = Instance(
+                f"instance-{number}",
+                model,
+                folder,
+                instance_config(number, controller, **(config or {})),
+                core=number - 1,
+                arguments=arguments,
+                max_model_len=max_model_len,
+                env=env,
+            )
+            stack.callback(instance.stop)
+            instance.start()
+            instances.append(instance)
+        wait_healthy(*instances)
+        for instance in instances:
+            instance.wait_peers(1)
+        yield Pair(controller, *instances)
+
+
+def words(count: int, seed: int) -> str:
+    """A prompt of random words, different for each seed from the first word on."""
+    chosen = random.Random(seed)
+    return " ".join(chosen.choices(WORDS, k=count))
+
+
+def token_prompt(count: int, seed: int, vocab: int = 1000) -> list[int]:
+    """A prompt of exactly `count` random tokens."""
+    chosen = random.Random(seed)
+    return [chosen.randrange(10, vocab) for _ in range(count)]
+
+
+def pulled(instance: Instance) -> tuple[int, int]:
+    """(chunks, bytes) that the instance has fetched from peers so far, by vLLM's own /metrics."""
+    return (
+        int(metric(instance.url, "kvmesh_fetched_chunks_total")),
+        int(metric(instance.url, "kvmesh_fetched_bytes_total")),
+    )
+
+
+def cold_then_pulled(
+    pair: Pair, prompt: Sequence[int] | str, *, max_tokens: int = 32, **body: object
+) -> tuple[Completion, Completion, int]:
+    """The same request to the first and then to the second instance; also how many chunks the second has pulled for it."""
+    known = int(metric(pair.second.admin_url, "kvmesh_node_replica_chunks"))
+    cold = complete(pair.first.url, prompt, max_tokens=max_tokens, **body)
+    pair.second.wait_visible(known + cold.prompt_tokens // CHUNK_TOKENS)
+    before, _ = pulled(pair.second)
+    again = complete(pair.second.url, prompt, max_tokens=max_tokens, **body)
+    return cold, again, pulled(pair.second)[0] - before
+
+
+def node_of(instance: Instance) -> psutil.Process:
+    """The node process of a running instance."""
+    for process in psutil.Process(instance.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "kvmesh.node" in process.cmdline():
+                return process
+    raise AssertionError(f"{instance.name} has no node process\n{tail(instance.log())}")
+
+
+class PoolView:
+    """A node's pool and ledger, opened from outside through /proc: what the slots really contain."""
+
+    def __init__(self, node: psutil.Process) -> None:
+        links = {name: os.readlink(f"/proc/{node.pid}/fd/{name}") for name in os.listdir(f"/proc/{node.pid}/fd")}
+        ledger = next(name for name, target in links.items() if "kvmesh-ledger" in target)
+        pool = next(name for name, target in links.items() if "vllm_offload" in target)
+        self.ledger = SlotLedger.attach(os.open(f"/proc/{node.pid}/fd/{ledger}", os.O_RDWR))
+        fd = os.open(f"/proc/{node.pid}/fd/{pool}", os.O_RDWR)
+        size = self.ledger.slots * self.ledger.chunk_bytes
+        self.pool = HostPool([PoolSegment(fd, 0, size)], chunk_bytes=self.ledger.chunk_bytes)
+
+    def chunks(self) -> dict[bytes, bytes]:
+        """Bytes by key of everything published."""
+        found = {}
+        for slot in range(self.ledger.slots):
+            record = self.ledger.read(slot)
+            if record is not None:
+                found[bytes(record.key)] = bytes(self.pool.row(slot))
+        return found
+
+    def close(self) -> None:
+        self.pool.close()
+        self.ledger.close()
