@@ -22,7 +22,9 @@ from kvmesh.wire import directory as wire
 
 T = TypeVar("T")
 N = TypeVar("N", bound=wire.Message)
-FAST = ("--heartbeat-interval", "0.2", "--instance-timeout", "1.0")
+FAST = ("--heartbeat-interval", "0.2", "--instance-timeout", "30")
+"""Made-up nodes are silent while a test waits for something else; on a busy machine that can be long."""
+IMPATIENT = ("--heartbeat-interval", "0.2", "--instance-timeout", "1")
 
 
 def wait_for(check: Callable[[], T | None], timeout_s: float = 20.0) -> T:
@@ -48,7 +50,7 @@ class ControllerProcess:
             ],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self.log: list[str] = []
         self._grown = threading.Condition()
@@ -157,7 +159,8 @@ class Node:
 
     def change(self, added: list[bytes] = (), removed: list[bytes] = (), skip: int = 0) -> wire.Changes:  # type: ignore[assignment]
         self.sequence += 1 + skip
-        self.inventory = [key for key in self.inventory if key not in removed] + list(added)
+        gone = set(removed)
+        self.inventory = [key for key in self.inventory if key not in gone] + list(added)
         changes = wire.Changes(*self.who, self.sequence, list(added), list(removed))
         self.tell(changes)
         return changes

@@ -155,6 +155,21 @@ def model_tiny(
     typer.echo(make_tiny_llama(folder, seed=seed, shape=shapes[shape]))
 
 
+@bench_app.command("ttft")
+def bench_ttft(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "4000,6000",
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 5,
+    channel: Annotated[str, typer.Option(help="transfer_channel of both instances.")] = "tcp",
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One length, two prompts.")] = False,
+) -> None:
+    """Time to the first token on two real vLLM servers: cold, pulled from a peer, from the own host pool."""
+    from kvmesh.bench.ttft import run_ttft
+
+    chosen = [2000] if quick else [int(length) for length in lengths.split(",")]
+    raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, as_json=as_json))
+
+
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
 

@@ -13,7 +13,9 @@ from kvmesh.errors import ConfigError, StartupError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a controller from command line arguments. Returns the exit status: 0, 1 (start failed) or 2 (bad flags)."""
-    parser = argparse.ArgumentParser(prog="python -m kvmesh.controller", description="The directory of a kvmesh cluster.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kvmesh.controller", description="The directory of a kvmesh cluster."
+    )
     parser.add_argument("--host", default="localhost", help="address to bind (default: localhost)")
     parser.add_argument("--port", type=int, default=9000, help="HTTP: page, API, metrics (default: 9000; 0: any)")
     parser.add_argument(

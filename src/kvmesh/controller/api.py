@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from kvmesh import __version__
 from kvmesh.controller import views
 from kvmesh.controller.feed import Feed
+from kvmesh.controller.formats import incompatibilities as incompatibilities_of
 from kvmesh.controller.instances import FormatGroup
 from kvmesh.controller.metrics import ControllerMetrics
 from kvmesh.controller.registry import Registry
@@ -126,7 +127,10 @@ def create_app(context: Context) -> FastAPI:
     @app.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     async def unknown(request: Request) -> None:
         raise ApiError(
-            404, "unknown_endpoint", f"there is no {request.method} {request.url.path}", "known: " + ", ".join(ENDPOINTS)
+            404,
+            "unknown_endpoint",
+            f"there is no {request.method} {request.url.path}",
+            "known: " + ", ".join(ENDPOINTS),
         )
 
     return app
@@ -154,7 +158,7 @@ def _version_1(context: Context) -> APIRouter:
     @router.get("/incompatibilities")
     async def incompatibilities() -> list[views.IncompatibilityView]:
         """Pairs of members that cannot share KV, with the fields that differ. Those of one model name come first."""
-        pairs = sorted(registry.incompatibilities(), key=lambda pair: not pair.same_model)
+        pairs = sorted(incompatibilities_of(registry.groups), key=lambda pair: not pair.same_model)
         return views.incompatibility_views(pairs)
 
     @router.get("/lookup")

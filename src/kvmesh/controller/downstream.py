@@ -1,8 +1,9 @@
 """How far one member has got with the notices that it was sent. Pure: the caller brings the time.
 
-The socket's own queue is counted in frames, hidden, and lost with its connection. So nodes report the bytes they have received
-(`Heartbeat.received_bytes`), which tells three things that a socket does not: how much is under way (a window, as in TCP, keeps
-a slow member from piling up memory here), whether something was lost, and how late a member is, for people.
+The socket's own queue is counted in frames, hidden, and lost with its connection. So nodes report the bytes they have
+received (`Heartbeat.received_bytes`), which tells three things that a socket does not: how much is under way (a window,
+as in TCP, keeps a slow member from piling up memory here), whether something was lost, and how late a member is, for
+people.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ STALLED_HEARTBEATS = 2
 class Downstream:
     """One registration of one member."""
 
-    __slots__ = ("_blocked_until_s", "_due_bytes", "_stalled", "counted", "lost", "received_bytes", "registration", "sent_bytes")
+    __slots__ = (
+        "_blocked_until_s",
+        "_due_bytes",
+        "_stalled",
+        "counted",
+        "lost",
+        "received_bytes",
+        "registration",
+        "sent_bytes",
+    )
 
     def __init__(self, registration: int) -> None:
         self.registration = registration

@@ -1,7 +1,7 @@
 """The controller's ZMQ sockets: frames in, the registry's answers out.
 
-Plain ZMQ sockets on the asyncio loop, not `zmq.asyncio`: a fan-out is thousands of sends in a row, each of which must say at once
-whether its receiver can take it, and a future for each would cost more than the send.
+Plain ZMQ sockets on the asyncio loop, not `zmq.asyncio`: a fan-out is thousands of sends in a row, each of which must
+say at once whether its receiver can take it, and a future for each would cost more than the send.
 
 Whatever comes in, however wrong, costs its sender one log line and nobody else anything.
 """
@@ -88,7 +88,7 @@ class Intake:
 
 
 class Feed:
-    """Joins the registry to the sockets. One per controller; everything runs on the loop on which `start` was called."""
+    """Joins the registry to the sockets. Everything runs on the loop on which `start` was called."""
 
     def __init__(self, registry: Registry, sockets: Sockets, clock: Callable[[], float] = time.monotonic) -> None:
         self._registry = registry
@@ -129,7 +129,9 @@ class Feed:
         """What is broken here, in words; empty when all is well."""
         if not self._tasks:
             return ["the feed has not been started"]
-        return [f"task {name} has ended: no messages are handled there" for name, task in self._tasks.items() if task.done()]
+        return [
+            f"task {name} has ended: no messages are handled there" for name, task in self._tasks.items() if task.done()
+        ]
 
     def statistics(self) -> FeedStatistics:
         return FeedStatistics(
@@ -199,7 +201,7 @@ class Feed:
     # -- out -----------------------------------------------------------------------------------------------------------
 
     def send(self, sends: Iterable[Send], now_s: float) -> None:
-        """Hand frames to their connections. Never waits: a receiver that cannot take a frame is the registry's to judge."""
+        """Hand frames to their connections. Never waits: what a connection does not take is the registry's to judge."""
         full: set[Peer] = set()
         touched: set[SocketName] = set()
         for send in sends:

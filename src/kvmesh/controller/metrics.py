@@ -98,15 +98,21 @@ class ControllerMetrics(Collector):
 
     def _feed_counters(self) -> Iterator[Metric]:
         statistics = self._feed.statistics()
-        received = CounterMetricFamily(_PREFIX + "messages_received", "Messages by socket and kind.", labels=["socket", "kind"])
+        received = CounterMetricFamily(
+            _PREFIX + "messages_received", "Messages by socket and kind.", labels=["socket", "kind"]
+        )
         for (socket, kind), number in statistics.received.items():
             received.add_metric([socket, kind], number)
         yield received
-        malformed = CounterMetricFamily(_PREFIX + "malformed_messages", "Messages that could not be read.", labels=["socket"])
+        malformed = CounterMetricFamily(
+            _PREFIX + "malformed_messages", "Messages that could not be read.", labels=["socket"]
+        )
         for socket, number in statistics.malformed.items():
             malformed.add_metric([socket], number)
         yield malformed
-        failures = CounterMetricFamily(_PREFIX + "send_failures", "Frames that a connection did not take.", labels=["reason"])
+        failures = CounterMetricFamily(
+            _PREFIX + "send_failures", "Frames that a connection did not take.", labels=["reason"]
+        )
         for reason, number in statistics.send_failures.items():
             failures.add_metric([reason], number)
         yield failures

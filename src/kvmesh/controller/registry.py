@@ -7,8 +7,9 @@
 
 The protocol's rules stand in `kvmesh.wire.directory`. Three things keep all replicas right:
 
-- A member is owed a Snapshot of each publisher of its format (`_owed`). While it is, it gets none of that publisher's Changes, so
-  a sequence never starts in its middle. Being too slow for Changes means being owed a Snapshot, nothing more.
+- A member is owed a Snapshot of each publisher of its format (`_owed`). While it is, it gets none of that publisher's
+  Changes, so a sequence never starts in its middle. Being too slow for Changes means being owed a Snapshot, nothing
+  more.
 - A publisher's Snapshot goes out in one piece, between two of its Changes.
 - Whatever else fails to reach a member makes it lost: it is told to register again and gets everything anew.
 
@@ -25,19 +26,18 @@ from itertools import count
 
 from kvmesh.controller.activity import Activity
 from kvmesh.controller.downstream import Downstream
+from kvmesh.controller.formats import IncompatibilityLog
 from kvmesh.controller.instances import (
     Counters,
     Departed,
     DownReason,
     FormatGroup,
-    Incompatibility,
     Instance,
     Peer,
     Send,
     State,
 )
 from kvmesh.controller.log import log
-from kvmesh.core.format import FieldDifference, differences
 from kvmesh.wire import directory as wire
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Registry:
         self._owed: dict[str, set[str]] = {}
         """Publisher to the members that are owed its Snapshot. Both are members of one group."""
         self._registrations = count(1)
-        self._warned: set[tuple[str, str, str]] = set()
+        self._warned = IncompatibilityLog()
         self._last_tick_s: float | None = None
         self._ack_known = wire.encode(wire.HeartbeatAck(incarnation, known=True))
         self._ack_unknown = wire.encode(wire.HeartbeatAck(incarnation, known=False))
@@ -123,8 +123,8 @@ class Registry:
         if known is not None and (known.incarnation != member.incarnation or known.member.format != member.format):
             if not self._may_replace(known, member, now_s):
                 text = (
-                    f"instance id {member.instance_id} is taken: an instance at {known.member.peer_address} has it and is "
-                    f"alive, this one is at {member.peer_address}: give each instance an instance_id of its own"
+                    f"instance id {member.instance_id} is taken: an instance at {known.member.peer_address} has it and "
+                    f"is alive, this one is at {member.peer_address}: give each instance an instance_id of its own"
                 )
                 return self._refuse("duplicate_instance", text, member, peer)
             sends += self._remove(known, "replaced", now_s)
@@ -183,11 +183,11 @@ class Registry:
             format=format_id,
             slots=member.slots,
         )
-        self._warn_incompatible(instance)
+        self._warned.tell(instance, self.groups)
         return instance
 
     def _may_replace(self, known: Instance, member: wire.Member, now_s: float) -> bool:
-        """A restarted process may take its id back at once. Two living ones may not take it from each other in turns."""
+        """A restarted process may take its id back at once; two living ones may not take turns with it."""
         if now_s - known.last_contact_s > SILENT_INTERVALS * self.heartbeat_interval_s:
             return True
         gone = self.departed.get((member.instance_id, member.incarnation))
@@ -331,7 +331,7 @@ class Registry:
                 continue
             publisher = self.instances[publisher_id]
             sequence = publisher.group.replica.sequence(publisher_id)
-            if sequence is None:
+            if sequence is None or self._uploading(publisher, now_s):
                 continue
             ready = [self.instances[other] for other in owed if self.instances[other].downstream.open(now_s)]
             if not ready:
@@ -392,45 +392,6 @@ class Registry:
     def state(self, instance: Instance, now_s: float) -> State:
         silence_s = now_s - instance.last_contact_s
         return "up" if silence_s <= SILENT_INTERVALS * self.heartbeat_interval_s else "suspect"
-
-    # -- formats -------------------------------------------------------------------------------------------------------
-
-    def incompatible_with(self, instance: Instance) -> Iterator[Incompatibility]:
-        """The members that this one cannot share with, and in which fields."""
-        ours = instance.group.format
-        for group in self.groups.values():
-            if group is instance.group:
-                continue
-            found = tuple(differences(ours, group.format))
-            same_model = ours.model_name == group.format.model_name
-            for other in group.members:
-                yield Incompatibility(instance.instance_id, other, same_model, found)
-
-    def incompatibilities(self) -> Iterator[Incompatibility]:
-        """Every incompatible pair of members, once."""
-        for instance in self.instances.values():
-            yield from (pair for pair in self.incompatible_with(instance) if pair.ours < pair.theirs)
-
-    def _warn_incompatible(self, newcomer: Instance) -> None:
-        """One line per instance and format that it does not match, naming one member of that format."""
-        named: set[str] = set()
-        for pair in self.incompatible_with(newcomer):
-            theirs = self.instances[pair.theirs].group.format_id
-            key = (newcomer.instance_id, newcomer.group.format_id, theirs)
-            if theirs in named or key in self._warned:
-                continue
-            named.add(theirs)
-            if len(self._warned) >= MAX_INSTANCES:
-                self._warned.clear()
-            self._warned.add(key)
-            log(
-                logger,
-                logging.WARNING if pair.same_model else logging.INFO,
-                "incompatible_formats",
-                instance=pair.ours,
-                other=pair.theirs,
-                differs=_told(pair.differences),
-            )
 
     # -- care ----------------------------------------------------------------------------------------------------------
 
@@ -498,7 +459,3 @@ def _parts(publisher: Instance, sequence: int) -> Iterator[wire.Snapshot]:
             first=start == 0,
             last=start == starts[-1],
         )
-
-
-def _told(found: Iterable[FieldDifference]) -> str:
-    return ", ".join(map(str, found))

@@ -1,6 +1,7 @@
 """What the HTTP API answers and the web page shows, as typed records made from the registry.
 
-The field names are the API: add freely, rename never. Ages are seconds before the answer was made, so no clock is shared.
+The field names are the API: add freely, rename never. Ages are seconds before the answer was made, so no clock is
+shared.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from kvmesh import __version__
 from kvmesh.controller.activity import FetchRecord
+from kvmesh.controller.formats import incompatible_with
 from kvmesh.controller.instances import Departed, FormatGroup, Incompatibility, Instance
 from kvmesh.controller.registry import Registry
 from kvmesh.core.format import FieldDifference, Format
@@ -184,14 +186,16 @@ class HealthView(BaseModel):
 
 
 def format_view(kv_format: Format, format_id: str) -> FormatView:
+    """All fields of a format."""
     values = {name: getattr(kv_format, name) for name in kv_format.__struct_fields__}
     return FormatView(format_id=format_id, model_name=kv_format.model_name, fields=values)
 
 
 def instance_view(registry: Registry, instance: Instance, now_s: float) -> InstanceView:
+    """One member as it is at `now_s`."""
     member, replica = instance.member, instance.group.replica
     chunks = len(replica.keys_of(instance.instance_id))
-    incompatible = list(registry.incompatible_with(instance))
+    incompatible = list(incompatible_with(instance, registry.groups))
     incompatible.sort(key=lambda pair: not pair.same_model)
     statistics = instance.statistics
     return InstanceView(
@@ -232,6 +236,7 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
 
 
 def instances_view(registry: Registry, now_s: float) -> InstancesView:
+    """All members by id, and who has gone."""
     members = [instance_view(registry, registry.instances[name], now_s) for name in sorted(registry.instances)]
     return InstancesView(
         instances=members, departed=[_departed_view(gone, now_s) for gone in reversed(registry.departed.values())]
@@ -239,6 +244,7 @@ def instances_view(registry: Registry, now_s: float) -> InstancesView:
 
 
 def incompatibility_views(pairs: Sequence[Incompatibility]) -> list[IncompatibilityView]:
+    """Pairs in the order given."""
     return [
         IncompatibilityView(
             instance_id=pair.ours,
@@ -251,6 +257,7 @@ def incompatibility_views(pairs: Sequence[Incompatibility]) -> list[Incompatibil
 
 
 def lookup_view(groups: Sequence[FormatGroup], keys: Sequence[ChunkKey]) -> LookupView:
+    """What each of these formats' members hold of the keys."""
     return LookupView(formats=[_lookup_format(group, keys) for group in groups])
 
 
@@ -272,6 +279,7 @@ def _lookup_format(group: FormatGroup, keys: Sequence[ChunkKey]) -> LookupFormat
 
 
 def fetch_view(record: FetchRecord, now_s: float) -> FetchView:
+    """One fetch, seen from `now_s`."""
     report = record.report
     return FetchView(
         number=record.number,
@@ -290,6 +298,7 @@ def fetch_view(record: FetchRecord, now_s: float) -> FetchView:
 
 
 def totals_view(registry: Registry) -> TotalsView:
+    """Sums over all formats."""
     replicas = [group.replica.statistics() for group in registry.groups.values()]
     sums = registry.activity.totals
     return TotalsView(

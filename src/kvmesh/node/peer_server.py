@@ -143,6 +143,7 @@ class PeerServer:
         self._stall_timeout_s = stall_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._listeners: list[socket.socket] = []
+        self._ports: list[int] = []
         self._lock = threading.Lock()
         self._streams: dict[PeerStream, threading.Thread] = {}
         self._acceptors: list[threading.Thread] = []
@@ -157,6 +158,7 @@ class PeerServer:
         except StartupError:
             self.close()
             raise
+        self._ports = [listener.getsockname()[1] for listener in self._listeners]
         for listener in self._listeners:
             acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvmesh-peer-accept", daemon=True)
             self._acceptors.append(acceptor)
@@ -165,12 +167,12 @@ class PeerServer:
     @property
     def port(self) -> int:
         """The bound peer port."""
-        return int(self._listeners[0].getsockname()[1])
+        return self._ports[0]
 
     @property
     def lookup_port(self) -> int | None:
         """The bound lookup port; None when there is none."""
-        return int(self._listeners[1].getsockname()[1]) if len(self._listeners) > 1 else None
+        return self._ports[1] if len(self._ports) > 1 else None
 
     def statistics(self) -> PeerServerStatistics:
         """Counters; from any thread."""

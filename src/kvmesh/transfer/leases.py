@@ -84,7 +84,8 @@ class Leases(Generic[_C]):
                     break
                 if not wait:
                     return None
-                if not self._changed.wait(max(0.0, deadline.at_s - time.monotonic())):
+                remaining_s = max(0.0, deadline.at_s - time.monotonic())
+                if not self._changed.wait(min(remaining_s, threading.TIMEOUT_MAX)):
                     raise PeerTimeoutError(self._peer, expected="a free connection before the deadline")
         try:
             connection = self._dial(deadline)

@@ -6,10 +6,10 @@ Seen with nixl 1.5.1 and UCX 1.23, and the reason for what is done here:
 delay only
   sets how often it looks around in vain: 10 ms cost 0.5 % of a core idle (1 ms: 2 to 3 %) and no throughput.
 - Releasing a transfer does not stop it; destroying the agent does, in 2 to 4 ms, whatever the peer does.
-- Destroying an agent in the middle of a READ over UCX's tcp makes the *holder* abort ("Fatal: unexpected error:
-Endpoint
-  timeout"), unless the remote agent is removed first. A fetching process that is killed can have the same effect,
-  rarely. Hence `destroy` removes first, and the holder's agent lives in a process of its own (`nixl_holder`).
+- Destroying an agent in the middle of a READ over UCX's tcp makes the *holder* abort (fatal error, endpoint timeout).
+  Removing the remote agent first prevents it, except where the holder had been stopped. A fetching process that dies
+  can have the same effect, rarely. Hence `destroy` removes first, and the holder's agent lives in a process of its own
+  (`nixl_holder`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import xxhash
@@ -102,19 +102,8 @@ class TcpTransport:
     ) -> list[ChunkOutcome]:
         """Pull `items` into our slots (see `PeerTransport`)."""
         book = FetchBook(items, progress)
-        runs = -(-len(items) // self._run_chunks)
-        helpers = self._start_helpers(min(self._connections, runs) - 1, book, deadline)
-        try:
-            if items:
-                self._work(book, deadline, is_caller=True)
-        finally:
-            # Whatever happens here, helpers write into our slots until they are done; the deadline bounds them.
-            book.end(MissReason.TRUNCATED)
-            for helper in helpers:
-                helper.cancel() or helper.exception()
-        for helper in helpers:
-            if not helper.cancelled():
-                helper.result()
+        if items:
+            self._fetch(book, deadline)
         outcomes = book.close()
         with self._lock:
             self._fetched_chunks += sum(outcome.reason is None for outcome in outcomes)
@@ -136,29 +125,51 @@ class TcpTransport:
         self._links.close()
         self._helpers.shutdown(wait=False, cancel_futures=True)
 
+    def _fetch(self, book: FetchBook, deadline: Deadline) -> None:
+        """Pull over our own connection, with helpers over further ones where the fetch is large enough."""
+        try:
+            lease = self._links.take(deadline, wait=True)  # before helpers can take the last one
+        except KVMeshError as error:
+            book.end(self._note(error))
+            return
+        runs = -(-len(book.items) // self._run_chunks)
+        helpers = self._start_helpers(min(self._connections, runs) - 1, book, deadline)
+        try:
+            self._work(_Pull(book, deadline, self._pool, verify=self._verify, reports=True), lease, deadline)
+        finally:
+            # Whatever happens here, helpers write into our slots until they are done; the deadline bounds them.
+            book.end(MissReason.TRUNCATED)
+            running = [helper for helper in helpers if not helper.cancel()]
+            wait(running)
+        for helper in running:
+            helper.result()
+
     def _start_helpers(self, count: int, book: FetchBook, deadline: Deadline) -> list[Future[None]]:
         try:
-            return [self._helpers.submit(self._work, book, deadline, is_caller=False) for _ in range(count)]
+            return [self._helpers.submit(self._help, book, deadline) for _ in range(count)]
         except RuntimeError:  # closed meanwhile; the caller's own work finds out
             return []
 
-    def _work(self, book: FetchBook, deadline: Deadline, *, is_caller: bool) -> None:
-        """Pull runs over one connection until none is left. Helpers that get no connection leave the work to the
-        others.
-        """
-        pull = _Pull(book, deadline, self._pool, verify=self._verify, reports=is_caller)
-        for fresh in (False, True):
-            try:
-                lease = self._links.take(deadline, wait=is_caller or pull.has_asked, fresh=fresh)
-            except KVMeshError as error:
-                reason = self._note(error)
-                if is_caller or pull.has_asked:
-                    pull.give_up(reason)
-                return
-            if lease is None:
-                return
-            if self._pull(pull, lease):
-                return
+    def _help(self, book: FetchBook, deadline: Deadline) -> None:
+        """A helper's work. Without a connection it leaves all of it to the others."""
+        try:
+            lease = self._links.take(deadline, wait=False)
+        except KVMeshError as error:
+            self._note(error)
+            return
+        self._work(_Pull(book, deadline, self._pool, verify=self._verify, reports=False), lease, deadline)
+
+    def _work(self, pull: _Pull, lease: Lease[PeerLink] | None, deadline: Deadline) -> None:
+        """Pull runs until none is left, over a second connection when the first one turned out dead."""
+        if lease is None or self._pull(pull, lease):
+            return
+        try:
+            lease = self._links.take(deadline, wait=True, fresh=True)
+        except KVMeshError as error:
+            pull.give_up(self._note(error))
+            return
+        if lease is not None:
+            self._pull(pull, lease)
 
     def _pull(self, pull: _Pull, lease: Lease[PeerLink]) -> bool:
         """Work on one connection; False when it was an old one that had died while idle, so that a new one should be
@@ -226,11 +237,6 @@ class _Pull:
         self._trailer = memoryview(bytearray(TRAILER_BYTES))
         self.has_heard = False
         """The peer has answered on this connection."""
-
-    @property
-    def has_asked(self) -> bool:
-        """There are items that are this connection's to decide."""
-        return bool(self._asked)
 
     def run(self, link: PeerLink) -> None:
         """Pull until nothing is left. Raises what the link raises, with the undecided items still on our list."""

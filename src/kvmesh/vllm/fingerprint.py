@@ -82,7 +82,7 @@ def _instruction_set() -> str:
     """vLLM's CPU attention packs KV blocks by what the processor can do; elsewhere the layout does not depend on it."""
     if not current_platform.is_cpu():
         return ""
-    amx = torch._C._cpu._is_amx_tile_supported() if platform.machine() == "x86_64" else False
+    amx = torch.cpu.get_capabilities().get("amx_tile", False)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' AMX' if amx else ''}"
 
 

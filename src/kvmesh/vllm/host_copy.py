@@ -22,6 +22,7 @@ from kvmesh.vllm.compat import (
     SharedOffloadRegion,
     TransferResult,
 )
+from kvmesh.vllm.pool_names import forget_name_if_gone
 
 
 class _Tensor(NamedTuple):
@@ -84,6 +85,7 @@ class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is not typ
 
     def shutdown(self) -> None:
         self._tensors.clear()
+        forget_name_if_gone(self._region)
         self._region.cleanup()
 
     def _map(self, tensor: torch.Tensor, page_bytes: int) -> _Tensor:

@@ -58,13 +58,13 @@ class _Publishing(CachePolicy):
             on_retract(published)
 
 
-class PublishingLRU(_Publishing, LRUCachePolicy):
+class KVMeshLRU(_Publishing, LRUCachePolicy):
     """vLLM's least-recently-used policy, telling the ledger."""
 
 
-class PublishingARC(_Publishing, ARCCachePolicy):
+class KVMeshARC(_Publishing, ARCCachePolicy):
     """vLLM's adaptive replacement cache, telling the ledger."""
 
 
-POLICIES = {"lru": PublishingLRU.__name__, "arc": PublishingARC.__name__}
-"""Class name by `cache_policy`."""
+POLICIES = {"lru": KVMeshLRU.__name__, "arc": KVMeshARC.__name__}
+"""Class name by `cache_policy`. vLLM logs it, and our configuration knows by "KVMesh" that the connector put it there."""

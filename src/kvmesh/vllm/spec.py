@@ -17,6 +17,7 @@ from kvmesh.vllm.compat import (
 )
 from kvmesh.vllm.host_copy import HostCopyWorker
 from kvmesh.vllm.policy import _Publishing
+from kvmesh.vllm.pool_names import remove_stale_pools, unlink_name
 from kvmesh.vllm.tier import PeerTier
 
 
@@ -26,8 +27,11 @@ class KVMeshSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM is not ty
     def get_manager(self) -> OffloadingManager:
         """Make the manager (scheduler process) and let its policy tell the tier's ledger what is evicted."""
         first = self._manager is None
+        if first:
+            remove_stale_pools()
         manager = super().get_manager()
         if first:
+            unlink_name(self._scheduler_mmap)
             policy = manager.primary_tier._policy
             for tier in manager.secondary_tiers:
                 if isinstance(tier, PeerTier) and isinstance(policy, _Publishing):

@@ -1,8 +1,8 @@
 """Messages between nodes and the directory (the controller). This docstring is the protocol's specification.
 
-Encoding: msgpack of the structs below, as arrays, tagged by their class name; one message per ZMQ frame. A receiver decodes with the
-union type of its direction, so that an unknown tag, a wrong type or a length over the limits is refused as a whole: it costs
-the sender one logged error and nothing else.
+Encoding: msgpack of the structs below, as arrays, tagged by their class name; one message per ZMQ frame. A receiver
+decodes with the union type of its direction, so that an unknown tag, a wrong type or a length over the limits is
+refused as a whole: it costs the sender one logged error and nothing else.
 
 Sockets (all on the controller)
 
@@ -24,21 +24,24 @@ Life of a node
      |<------- MemberUp / MemberDown --------|
      |-- Leave ----------------------------->|
 
-Sequence numbers. Each publisher numbers its Changes 1, 2, 3 ... A Snapshot with number n is its inventory after Changes n. A
-receiver that holds state n applies n+1, ignores n and older, and on anything newer has a gap: it asks for a Snapshot
-(SnapshotRequest up, Resync down) and ignores the publisher's Changes until it has come. An incarnation is 16 random
-hexadecimal digits made at the start of a node; a new incarnation of an id drops all entries of the old one at once. After
-Registered, and whenever it is asked, a node sends its Snapshot, also when it is empty; the controller forwards no Changes of
-a publisher before a Snapshot of it.
+Sequence numbers. Each publisher numbers its Changes 1, 2, 3 ... A Snapshot with number n is its inventory after Changes
+n. A receiver that holds state n applies n+1, ignores n and older, and on anything newer has a gap: it asks for a
+Snapshot (SnapshotRequest up, Resync down) and ignores the publisher's Changes until it has come. An incarnation is 16
+random hexadecimal digits made at the start of a node; a new incarnation of an id drops all entries of the old one at
+once. After Registered, and whenever it is asked, a node sends its Snapshot, also when it is empty; the controller
+forwards no Changes of a publisher before a Snapshot of it.
 
-Registering again. A node registers again, with the same incarnation, when an answer says known=False and when its connection to
-the controller was made anew (notices may have been lost with the old one). Registered is always the whole truth: instances
-that it does not list are gone, and Snapshots of those with the node's format follow. A node may get it at any time.
+Registering again. A node registers again, with the same incarnation, when an answer says known=False and when its
+connection to the controller was made anew (notices may have been lost with the old one). Registered is always the whole
+truth: instances that it does not list are gone, and Snapshots of those with the node's format follow. A node may get it
+at any time. Only when controller_incarnation is new may a node keep what it knows of instances not listed for
+instance_timeout_s more: they are about to register as well.
 
-Flow. Registered carries a registration number, Heartbeat returns it together with the bytes of all notices received since, so
-that the controller knows what is still under way. A node that is too far behind gets no Changes and Snapshots until it has
-caught up, then a fresh Snapshot of each publisher that it missed something of; notices that never arrive are noticed, and the
-node is told to register again. Nothing is kept in memory for a slow or stopped node beyond the socket's own limit.
+Flow. Registered carries a registration number, Heartbeat returns it together with the bytes of all notices received
+since, so that the controller knows what is still under way. A node that is too far behind gets no Changes and Snapshots
+until it has caught up, then a fresh Snapshot of each publisher that it missed something of; notices that never arrive
+are noticed, and the node is told to register again. Nothing is kept in memory for a slow or stopped node beyond the
+socket's own limit.
 
 Connections. A node's DEALER sets no routing id, so that each connection has an identity of its own. Frames of more than
 MAX_REQUEST_BYTES (reply, heartbeat) or MAX_EVENT_BYTES (pull) close the connection they came on.

@@ -39,11 +39,12 @@ async def read_frame(reader: asyncio.StreamReader, limit_bytes: int) -> bytes | 
     Raises FrameError for a bad length or an end inside a frame, and lets OSError of a broken connection pass. Not safe
     against cancellation: a cancelled read may have consumed half a frame, so the connection must be closed afterwards.
     """
+    prefix = b""
     try:
-        length = parse_length(await reader.readexactly(LENGTH_BYTES), limit_bytes)
-        return await reader.readexactly(length)
+        prefix = await reader.readexactly(LENGTH_BYTES)
+        return await reader.readexactly(parse_length(prefix, limit_bytes))
     except asyncio.IncompleteReadError as error:
-        if not error.partial and error.expected == LENGTH_BYTES:
+        if not prefix and not error.partial:
             return None
         raise FrameError(f"stream ended inside a frame, {len(error.partial)} of {error.expected} bytes read") from None
 

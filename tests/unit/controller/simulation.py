@@ -1,7 +1,7 @@
 """Made-up nodes around a real registry, joined by queues that a test may delay, cut and lose from.
 
-A node here does what the protocol asks of a node, and no more: it registers until it is answered, beats, sends its inventory when
-asked, and asks for snapshots after a gap.
+A node here does what the protocol asks of a node, and no more: it registers until it is answered, beats, sends its
+inventory when asked, and asks for snapshots after a gap.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ class Cluster:
 
     @staticmethod
     def make_registry() -> Registry:
-        return Registry(
-            incarnation=secrets.token_hex(8), heartbeat_interval_s=INTERVAL_S, instance_timeout_s=TIMEOUT_S
-        )
+        return Registry(incarnation=secrets.token_hex(8), heartbeat_interval_s=INTERVAL_S, instance_timeout_s=TIMEOUT_S)
 
     def new_peer(self) -> Peer:
         return Peer("reply", b"peer%d" % next(self._peers))

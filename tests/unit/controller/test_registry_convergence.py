@@ -142,7 +142,7 @@ class ClusterMachine(RuleBasedStateMachine):
             assert not node.refusals
 
 
-ClusterMachine.TestCase.settings = settings(max_examples=int(__import__('os').environ.get('EX','200')), stateful_step_count=40, deadline=None)
+ClusterMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestConvergence = ClusterMachine.TestCase
 
 

@@ -37,10 +37,8 @@ class Fetches:
 
 def fetch_row(fetch: views.FetchView) -> dict[str, object]:
     """One fetch as the table shows it."""
-    if fetch.chunks_fetched == fetch.chunks_asked:
-        tone = "ok"
-    else:
-        tone = "warn" if fetch.chunks_fetched else "bad"
+    part = "warn" if fetch.chunks_fetched else "bad"
+    tone = "ok" if fetch.chunks_fetched == fetch.chunks_asked else part
     return {
         "number": fetch.number,
         "tone": tone,
@@ -54,7 +52,7 @@ def fetch_row(fetch: views.FetchView) -> dict[str, object]:
         "time": fetch.seconds,
         "time_text": duration(fetch.seconds),
         "rate": fetch.bytes_per_second or 0.0,
-        "rate_text": f"{fetch.bytes_per_second / 1e9:.2f} GB/s" if fetch.bytes_per_second else "–",
+        "rate_text": f"{fetch.bytes_per_second / 1e9:.2f} GB/s" if fetch.bytes_per_second else "-",
         "transport": fetch.transport,
         "misses": ", ".join(f"{reason} {chunks}" for reason, chunks in sorted(fetch.misses.items())),
     }

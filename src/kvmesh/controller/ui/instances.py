@@ -66,7 +66,7 @@ def instance_row(instance: views.InstanceView, *, alone: bool) -> dict[str, obje
         "chunks": instance.chunks,
         "chunks_text": count(instance.chunks),
         "pool": instance.pool_use or 0.0,
-        "pool_text": share(instance.pool_use) or "–",
+        "pool_text": share(instance.pool_use) or "-",
         "fetched": instance.statistics.fetched_bytes,
         "fetched_text": size(instance.statistics.fetched_bytes),
         "served": instance.statistics.served_bytes,

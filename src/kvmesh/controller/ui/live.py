@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kvmesh.controller import views
 from kvmesh.controller.api import Context
+from kvmesh.controller.formats import incompatibilities
 
 REFRESH_S = 2.0
 """Pause between two updates of an open page."""
@@ -46,6 +47,6 @@ class Live:
             self._context.health(),
             views.totals_view(registry),
             views.instances_view(registry, now_s),
-            views.incompatibility_views([pair for pair in registry.incompatibilities() if pair.same_model]),
+            views.incompatibility_views([pair for pair in incompatibilities(registry.groups) if pair.same_model]),
             [views.fetch_view(record, now_s) for record in reversed(recent)],
         )

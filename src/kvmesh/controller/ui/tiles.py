@@ -31,12 +31,12 @@ class Tiles:
         copies = totals.entries / totals.chunks if totals.chunks else 0
         self._chunks.show(count(totals.chunks), f"{copies:.2f} holders each" if totals.chunks else "nothing published")
         use = totals.entries / totals.slots if totals.slots else None
-        self._pool.show(share(use) or "–", f"{count(totals.entries)} of {count(totals.slots)} slots")
+        self._pool.show(share(use) or "-", f"{count(totals.entries)} of {count(totals.slots)} slots")
         rate = f"{size(totals.fetched_bytes / totals.fetch_seconds)}/s" if totals.fetch_seconds else ""
         fetches = f"{count(totals.fetches)} fetch{'es' if totals.fetches != 1 else ''}"
         self._fetched.show(size(totals.fetched_bytes), f"{fetches}, {rate}" if rate else fetches)
         if not totals.chunks_asked:
-            self._found.show("–", "no fetch reported yet")
+            self._found.show("-", "no fetch reported yet")
             return
         worst = max(totals.misses, key=lambda reason: totals.misses[reason], default="")
         missed = f"most misses: {worst}" if worst else "no misses"

@@ -1,11 +1,12 @@
 """A holder in a process of its own, for the transfer tests: a pool, a ledger and a peer server.
 
-Chunk i is published under `key(i)` in slot i and holds `content(i)`. One JSON line on standard output says where it listens, then
-each line on standard input is a command that is answered by a line. It ends with its standard input.
+Chunk i is published under `key(i)` in slot i and holds `content(i)`. One JSON line on standard output says where it
+listens, then each line on standard input is a command that is answered by a line. It ends with its standard input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -23,10 +24,14 @@ from kvmesh.core.format import Format
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.node.peer_server import PeerServer
+from kvmesh.transfer import nixl_holder
 from kvmesh.transfer.base import FetchItem, Located
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire.peer import Hello
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HOLDER, HOLDER_INCARNATION = "holder", "00000000000000aa"
 OTHER_INCARNATION = "00000000000000bb"
@@ -56,7 +61,9 @@ def key(index: int) -> ChunkKey:
 
 def content(index: int, chunk_bytes: int) -> bytes:
     """Different in every chunk and at every 4 KiB page, and quick to make."""
-    return random.Random(index).randbytes(4096 + 1) * (chunk_bytes // 4097) + bytes([index % 251]) * (chunk_bytes % 4097)
+    return random.Random(index).randbytes(4096 + 1) * (chunk_bytes // 4097) + bytes([index % 251]) * (
+        chunk_bytes % 4097
+    )
 
 
 def items(count: int, first: int = 0) -> list[FetchItem]:
@@ -118,16 +125,31 @@ class RacingPool(HostPool):
 def hello(
     chunk_bytes: int, instance_id: str = HOLDER, incarnation: str = HOLDER_INCARNATION, **changes: object
 ) -> Hello:
-    return Hello.of(instance_id, incarnation, kv_format(chunk_bytes, **changes), transports=("nixl", "tcp"), pid=os.getpid())
+    return Hello.of(
+        instance_id, incarnation, kv_format(chunk_bytes, **changes), transports=("nixl", "tcp"), pid=os.getpid()
+    )
 
 
 class HolderProcess:
     """Starts this file as a process. Use as a context manager."""
 
-    def __init__(self, chunks: int, chunk_bytes: int, *, nixl: bool = False, port: int = 0, racing: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        chunks: int,
+        chunk_bytes: int,
+        *,
+        nixl: bool = False,
+        port: int = 0,
+        racing: tuple[int, ...] = (),
+        ucx_tls: str = "",
+    ) -> None:
         options = {"chunks": chunks, "chunk_bytes": chunk_bytes, "nixl": nixl, "port": port, "racing": racing}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(Path(__file__)), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ({"UCX_TLS": ucx_tls} if ucx_tls else {}),
         )
         self.chunk_bytes = chunk_bytes
         ready = json.loads(self._line())
@@ -154,7 +176,7 @@ class HolderProcess:
         for pid in filter(None, (self.process.pid, self.nixl_pid)):
             os.kill(pid, number)
 
-    def __enter__(self) -> HolderProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,10 +186,13 @@ class HolderProcess:
             if stream is not None:
                 stream.close()
         if self.nixl_pid:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.nixl_pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+
+
+def say(answer: object) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -179,9 +204,9 @@ def main() -> None:
     pool.store, pool.racing = store, frozenset(options["racing"])
     holder = None
     if options["nixl"]:
-        from kvmesh.transfer.nixl_holder import NixlHolder
+        nixl_holder.RESTART_INTERVAL_S = 0.0
 
-        class RacingHolder(NixlHolder):
+        class RacingHolder(nixl_holder.NixlHolder):
             def addresses(self, slots: Any) -> Any:
                 found = super().addresses(slots)
                 for slot in pool.racing & set(slots):
@@ -194,7 +219,7 @@ def main() -> None:
         pool, store.ledger, store.locate, hello(chunk_bytes), host="127.0.0.1", port=options["port"], nixl=holder
     )
     server.start()
-    print(json.dumps({"port": server.port, "nixl_pid": holder.pid if holder else None}), flush=True)
+    say({"port": server.port, "nixl_pid": holder.pid if holder else None})
     stop_churning = threading.Event()
 
     def churn(others: int) -> None:
@@ -209,6 +234,8 @@ def main() -> None:
                 store.publish(slot, index)
             case ["retract", slot]:
                 store.retract(slot)
+            case ["spoil", slot]:
+                store.pool.row(slot)[12345] ^= 1
             case ["forget", index]:
                 store.forget(index)
             case ["delay", delay_s]:
@@ -220,7 +247,7 @@ def main() -> None:
             case command:
                 raise ValueError(command)
         statistics = server.statistics()._asdict() | {"nixl_pid": holder.pid if holder else None}
-        print(json.dumps(statistics), flush=True)
+        say(statistics)
     stop_churning.set()
     server.close()
     if holder is not None:

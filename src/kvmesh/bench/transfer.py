@@ -1,0 +1,340 @@
+"""How fast chunks move between two processes of this host, per transport, beside yardsticks from the same run.
+
+The other process holds a pool and serves it. Methods take turns, case by case, so that a busy machine is busy for all of
+them; a figure is the median of the rounds. CPU seconds per GB are the ones to compare where cores are shared: bytes per
+second then measure the neighbours too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+from rich.console import Console
+from rich.table import Table
+
+from kvmesh.core.format import Format
+from kvmesh.core.keys import ChunkKey
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.errors import TransferError
+from kvmesh.node.peer_server import PeerServer
+from kvmesh.transfer.base import Deadline, FetchItem, Located, PeerTransport
+from kvmesh.transfer.link import PeerTarget
+from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
+from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.tcp import TcpTransport
+from kvmesh.wire.peer import Hello
+
+MIB = 1 << 20
+CHUNK_SIZES_BYTES = (64 << 10, MIB, 8 * MIB, 32 * MIB)
+BATCHES = (1, 8, 64)
+METHODS = ("memcpy", "socket", "tcp", "tcp-unchecked", "nixl")
+POOL_BYTES = 256 * MIB
+"""Cases that need more are left out. Larger than the caches of most machines."""
+_HOST, _HOLDER, _INCARNATION = "127.0.0.1", "holder", "0" * 16
+_PATIENCE_S = 60.0
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """One method in one case."""
+
+    method: str
+    chunk_bytes: int
+    batch: int
+    """Chunks per fetch."""
+    gb_per_s: float
+    fetch_p50_ms: float
+    fetch_p99_ms: float
+    fetcher_cpu_s_per_gb: float
+    holder_cpu_s_per_gb: float
+
+
+class TransferBenchmark(msgspec.Struct, frozen=True):
+    """The result of one run."""
+
+    machine: str
+    cores: int
+    ucx_tls: str
+    skipped: dict[str, str]
+    """Methods that could not run, and why."""
+    measurements: list[Measurement]
+
+
+class _Round(NamedTuple):
+    fetches_s: list[float]
+    fetcher_cpu_s: float
+    holder_cpu_s: float
+
+
+def run_transfer_benchmark(
+    *,
+    chunk_sizes_bytes: Sequence[int] = CHUNK_SIZES_BYTES,
+    batches: Sequence[int] = BATCHES,
+    methods: Sequence[str] = METHODS,
+    rounds: int = 3,
+    round_s: float = 0.3,
+    connections: int = 2,
+    console: Console | None = None,
+) -> TransferBenchmark:
+    """Measure and, with a console, print a table as it goes.
+
+    Args:
+        chunk_sizes_bytes: chunk sizes; each takes a holder process of its own.
+        batches: chunks per fetch. Cases over POOL_BYTES are left out.
+        methods: any of METHODS.
+        rounds: turns of each method in each case.
+        round_s: seconds of one turn.
+        connections: connections per fetch, for tcp.
+        console: where to print.
+    """
+    skipped = {}
+    if "nixl" in methods and (problem := unavailable()):
+        skipped["nixl"] = problem
+    usable = [method for method in methods if method not in skipped]
+    measurements = []
+    for chunk_bytes in chunk_sizes_bytes:
+        with _Case(chunk_bytes, usable, connections) as case:
+            for batch in batches:
+                if batch * chunk_bytes <= POOL_BYTES:
+                    measurements += case.measure(batch, rounds, round_s)
+    result = TransferBenchmark(
+        machine=f"{platform.machine()} {platform.system()} {platform.release()}",
+        cores=os.cpu_count() or 0,
+        ucx_tls=os.environ.get("UCX_TLS", ""),
+        skipped=skipped,
+        measurements=measurements,
+    )
+    if console is not None:
+        console.print(table(result))
+    return result
+
+
+def table(result: TransferBenchmark) -> Table:
+    """The result for people."""
+    shown = Table(
+        title=f"Chunks between two processes, {result.cores} cores, UCX_TLS={result.ucx_tls or 'default'}",
+        caption="; ".join(f"{method} left out: {why}" for method, why in result.skipped.items()) or None,
+    )
+    for column in ("chunk", "batch", "method", "GB/s", "p50 ms", "p99 ms", "fetcher CPU s/GB", "holder CPU s/GB"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    last = None
+    for found in result.measurements:
+        case = (found.chunk_bytes, found.batch)
+        if last not in {None, case}:
+            shown.add_section()
+        last = case
+        size = f"{found.chunk_bytes // MIB} MiB" if found.chunk_bytes >= MIB else f"{found.chunk_bytes >> 10} KiB"
+        shown.add_row(
+            size,
+            str(found.batch),
+            found.method,
+            f"{found.gb_per_s:.2f}",
+            f"{found.fetch_p50_ms:.2f}",
+            f"{found.fetch_p99_ms:.2f}",
+            f"{found.fetcher_cpu_s_per_gb:.3f}",
+            f"{found.holder_cpu_s_per_gb:.3f}",
+        )
+    return shown
+
+
+Fetch = Callable[[int], None]
+"""Moves that many chunks once."""
+
+
+class _Case:
+    """A holder process of one chunk size, and every method ready to fetch from it."""
+
+    def __init__(self, chunk_bytes: int, methods: Iterable[str], connections: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._methods = list(methods)
+        self._connections = connections
+        self._stack = ExitStack()
+        self._fetches: dict[str, Fetch] = {}
+        self._holder_pids: list[int] = []
+
+    def __enter__(self) -> _Case:
+        pool = self._stack.enter_context(closing(HostPool.create(POOL_BYTES // self._chunk_bytes, self._chunk_bytes)))
+        for slot in range(pool.slots):
+            pool.row(slot)[:] = bytes(self._chunk_bytes)  # no page faults later
+        holder = self._stack.enter_context(_holder_process(self._chunk_bytes, nixl="nixl" in self._methods))
+        self._holder_pids = holder.pids
+        target = PeerTarget(_HOLDER, _INCARNATION, _HOST, holder.port, ("nixl", "tcp"))
+        ours = _hello("fetcher", self._chunk_bytes)
+        for method in self._methods:
+            self._fetches[method] = self._prepare(method, target, ours, pool, holder.socket_port)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def measure(self, batch: int, rounds: int, round_s: float) -> list[Measurement]:
+        """Each method in turn, `rounds` times."""
+        found: dict[str, list[_Round]] = {method: [] for method in self._methods}
+        for method in self._methods:
+            self._fetches[method](batch)
+        for _ in range(rounds):
+            for method in self._methods:
+                found[method].append(self._round(self._fetches[method], batch, round_s))
+        return [self._summary(method, batch, turns) for method, turns in found.items()]
+
+    def _round(self, fetch: Fetch, batch: int, round_s: float) -> _Round:
+        fetches_s = []
+        holder_s, fetcher_s = self._holder_cpu_s(), time.process_time()
+        end_s = time.perf_counter() + round_s
+        while not fetches_s or time.perf_counter() < end_s:
+            start_s = time.perf_counter()
+            fetch(batch)
+            fetches_s.append(time.perf_counter() - start_s)
+        return _Round(fetches_s, time.process_time() - fetcher_s, self._holder_cpu_s() - holder_s)
+
+    def _summary(self, method: str, batch: int, turns: list[_Round]) -> Measurement:
+        fetch_gb = batch * self._chunk_bytes / 1e9
+        every = sorted(seconds for turn in turns for seconds in turn.fetches_s)
+        return Measurement(
+            method,
+            self._chunk_bytes,
+            batch,
+            gb_per_s=median(fetch_gb * len(turn.fetches_s) / sum(turn.fetches_s) for turn in turns),
+            fetch_p50_ms=1e3 * every[len(every) // 2],
+            fetch_p99_ms=1e3 * every[len(every) * 99 // 100],
+            fetcher_cpu_s_per_gb=median(turn.fetcher_cpu_s / fetch_gb / len(turn.fetches_s) for turn in turns),
+            holder_cpu_s_per_gb=median(turn.holder_cpu_s / fetch_gb / len(turn.fetches_s) for turn in turns),
+        )
+
+    def _holder_cpu_s(self) -> float:
+        """CPU time of the holder's threads, to the nanosecond (field 1 of schedstat)."""
+        tasks = (task for pid in self._holder_pids for task in Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+    def _prepare(self, method: str, target: PeerTarget, ours: Hello, pool: HostPool, socket_port: int) -> Fetch:
+        if method == "memcpy":
+            source = self._stack.enter_context(closing(HostPool.create(pool.slots, pool.chunk_bytes)))
+            for slot in range(pool.slots):
+                source.row(slot)[:] = os.urandom(4096) * (pool.chunk_bytes // 4096)
+            return lambda batch: _copy(source, pool, batch)
+        if method == "socket":
+            raw = self._stack.enter_context(socket.create_connection((_HOST, socket_port)))
+            return lambda batch: _receive(raw, pool, batch)
+        transport: PeerTransport
+        if method == "nixl":
+            from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415 - half a second and 50 MB
+
+            prepare_environment(_HOST)
+            transport = NixlTransport(target, ours, pool)
+        else:
+            transport = TcpTransport(target, ours, pool, connections=self._connections, verify=method == "tcp")
+        self._stack.callback(transport.close)
+        return lambda batch: _fetch(transport, batch)
+
+
+def _copy(source: HostPool, pool: HostPool, batch: int) -> None:
+    for slot in range(batch):
+        pool.row(slot)[:] = source.row(slot)
+
+
+def _receive(raw: socket.socket, pool: HostPool, batch: int) -> None:
+    raw.sendall(struct.pack("<I", batch))
+    for slot in range(batch):
+        row, received = pool.row(slot), 0
+        while received < len(row):
+            received += raw.recv_into(row[received:])
+
+
+def _fetch(transport: PeerTransport, batch: int) -> None:
+    items = [FetchItem(_key(slot), slot) for slot in range(batch)]
+    outcomes = transport.fetch(items, Deadline(time.monotonic() + _PATIENCE_S, _PATIENCE_S))
+    if any(outcome.reason for outcome in outcomes):
+        raise TransferError(f"benchmark over {transport.name}", found=transport.statistics().last_error)
+
+
+def _key(index: int) -> ChunkKey:
+    return ChunkKey(index.to_bytes(36, "big"))
+
+
+def _hello(instance_id: str, chunk_bytes: int) -> Hello:
+    text = dict.fromkeys(Format.__struct_fields__, "benchmark")
+    numbers = {"block_tokens": 1, "chunk_tokens": 1, "chunk_bytes": chunk_bytes}
+    kv_format = msgspec.convert(text | numbers, Format)
+    return Hello.of(instance_id, _INCARNATION, kv_format, transports=("nixl", "tcp"), pid=os.getpid())
+
+
+# -- the other process -------------------------------------------------------------------------------------------------
+
+
+class _Holder(msgspec.Struct):
+    port: int
+    socket_port: int
+    pids: list[int]
+
+
+@contextmanager
+def _holder_process(chunk_bytes: int, *, nixl: bool) -> Iterator[_Holder]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps([chunk_bytes, nixl])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield msgspec.json.decode(process.stdout.readline(), type=_Holder)
+        finally:
+            process.stdin.close()
+
+
+def _serve_socket(listener: socket.socket, pool: HostPool) -> None:
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while request := connection.recv(4, socket.MSG_WAITALL):
+        for slot in range(struct.unpack("<I", request)[0]):
+            connection.sendall(pool.row(slot))
+
+
+def main() -> None:
+    """Serve a pool until standard input ends."""
+    chunk_bytes, nixl = json.loads(sys.argv[1])
+    slots = POOL_BYTES // chunk_bytes
+    pool, ledger = HostPool.create(slots, chunk_bytes), SlotLedger.create(slots, chunk_bytes)
+    where = {}
+    for slot in range(slots):
+        row = pool.row(slot)
+        row[:] = os.urandom(4096) * (chunk_bytes // 4096)
+        generation, digest = ledger.publish(slot, _key(slot)), xxhash.xxh3_128_digest(row)
+        ledger.set_checksum(slot, generation, digest)
+        where[bytes(_key(slot))] = Located(slot, generation, digest)
+    pids, holder = [os.getpid()], None
+    if nixl:
+        from kvmesh.transfer.nixl_holder import NixlHolder  # noqa: PLC0415 - as above
+
+        holder = NixlHolder(pool, host=_HOST)
+        holder.start()
+        assert holder.pid is not None
+        pids.append(holder.pid)
+    server = PeerServer(pool, ledger, where.get, _hello(_HOLDER, chunk_bytes), host=_HOST, port=0, nixl=holder)
+    server.start()
+    listener = socket.create_server((_HOST, 0))
+    threading.Thread(target=_serve_socket, args=(listener, pool), daemon=True).start()
+    ready = _Holder(server.port, listener.getsockname()[1], pids)
+    sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
+    sys.stdout.buffer.flush()
+    sys.stdin.buffer.read()
+    server.close()
+    if holder is not None:
+        holder.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The publishing policies under vLLM's own manager: a slot is never published when it is handed out again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from support.vllm_fakes import offload_key
+from vllm.v1.kv_offload.base import ReqContext
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
+
+from kvmesh.core.ledger import SlotLedger
+from kvmesh.vllm.policy import POLICIES, KVMeshARC, KVMeshLRU
+
+SLOTS = 5
+KEYS = st.lists(st.integers(0, 11).map(offload_key), min_size=1, max_size=SLOTS, unique=True)
+
+
+class PolicyMachine(RuleBasedStateMachine):
+    """vLLM's manager stores, loads, fails and resets in any order; the tier's part (publishing) is played here."""
+
+    policy_name = ""
+    stores = Bundle("stores")
+    loads = Bundle("loads")
+
+    @initialize()
+    def make(self) -> None:
+        self.manager = CPUOffloadingManager(SLOTS, self.policy_name, "kvmesh.vllm.policy")
+        self.policy = self.manager._policy
+        self.ledger = SlotLedger.create(SLOTS, 4096)
+        self.reported: list[int] = []
+        self.policy.attach(self.ledger, self.reported.extend)
+        self.expected: dict[int, tuple[bytes, int]] = {}
+        """What must be readable: key and generation by slot."""
+        self.resets = self.requests = 0
+
+    def teardown(self) -> None:
+        self.ledger.close()
+
+    def request(self, keys) -> ReqContext:
+        self.requests += 1
+        context = ReqContext(f"r{self.requests}")
+        for position, key in enumerate(keys):
+            context.set_offload_key_position(key, position + 1)
+        return context
+
+    def left(self) -> list[int]:
+        """Slots that were readable, and whose key has left the cache or moved."""
+        return [
+            slot
+            for slot, (key, _) in self.expected.items()
+            if (chunk := self.policy.get(key)) is None or chunk.chunk_id != slot
+        ]
+
+    def settle(self) -> None:
+        """Everything that left was reported once, and nothing else."""
+        left = self.left()
+        assert sorted(self.reported) == sorted(left)
+        self.reported.clear()
+        for slot in left:
+            del self.expected[slot]
+
+    @rule(target=stores, keys=KEYS)
+    def prepare_store(self, keys):
+        context = self.request(keys)
+        before = {slot: self.ledger.generation(slot) for slot in range(SLOTS)}
+        output = self.manager.prepare_store(keys, context)
+        slots = [] if output is None else output.store_spec.chunk_ids.tolist()
+        for slot in slots:
+            assert not self.ledger.generation(slot) & 1, "a slot was handed out while readable"
+            assert self.ledger.generation(slot) == before[slot] + (slot in self.expected)
+        self.settle()
+        return context, ([] if output is None else output.keys_to_store), slots, self.resets
+
+    @rule(store=consumes(stores), success=st.booleans())
+    def complete_store(self, store, success):
+        """A store or a fetch ends; the tier publishes what has come."""
+        context, keys, slots, resets = store
+        if resets != self.resets or not keys:
+            return  # vLLM discards what was out when the cache was reset
+        self.manager.complete_store(keys, context, success)
+        if success:
+            for key, slot in zip(keys, slots, strict=True):
+                self.expected[slot] = (key, self.ledger.publish(slot, key))
+        self.settle()
+
+    @rule(target=loads, keys=KEYS)
+    def prepare_load(self, keys):
+        ready = [key for key in keys if (chunk := self.policy.get(key)) is not None and chunk.is_ready]
+        context = self.request(keys)
+        self.manager.prepare_load(ready, context)
+        self.settle()
+        return context, ready, self.resets
+
+    @rule(load=consumes(loads))
+    def complete_load(self, load):
+        context, keys, resets = load
+        if resets == self.resets:
+            self.manager.complete_load(keys, context)
+        self.manager.on_request_finished(context)
+        self.settle()
+
+    @rule(keys=KEYS)
+    def touch(self, keys):
+        self.manager.touch(keys, self.request(keys))
+        self.settle()
+
+    @precondition(lambda self: self.expected)
+    @rule()
+    def reset_cache(self):
+        self.resets += 1
+        self.manager.reset_cache()
+        self.settle()
+        assert not self.expected
+
+    @invariant()
+    def readable_is_what_is_cached(self):
+        """Published slots hold cached, complete chunks at the generation at which they were published."""
+        for slot in range(SLOTS):
+            record = self.ledger.read(slot)
+            assert (record is not None) == (slot in self.expected)
+            if record is None:
+                continue
+            assert tuple(record) == self.expected[slot]
+            chunk = self.policy.get(record.key)
+            assert chunk.chunk_id == slot
+            assert chunk.is_ready
+
+
+class LRUMachine(PolicyMachine):
+    policy_name = POLICIES["lru"]
+
+
+class ARCMachine(PolicyMachine):
+    policy_name = POLICIES["arc"]
+
+
+for machine in (LRUMachine, ARCMachine):
+    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestLRU = LRUMachine.TestCase
+TestARC = ARCMachine.TestCase
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_a_policy_without_a_ledger_works(policy_class):
+    """With sharing off nobody attaches a ledger, and the policy is vLLM's own."""
+    policy = policy_class(2)
+    context = ReqContext("r")
+    chunk = ChunkStatus(0)
+    chunk.ref_cnt = 0
+    insert(policy, offload_key(1), chunk, context)
+    assert policy.evict(1, set()) == [(offload_key(1), chunk)]
+    policy.clear()
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_an_eviction_that_cannot_be_made_retracts_nothing(policy_class):
+    policy = policy_class(2)
+    ledger = SlotLedger.create(2, 4096)
+    policy.attach(ledger, lambda slots: pytest.fail(f"{slots} reported"))
+    chunk = ChunkStatus(0)
+    chunk.ref_cnt = 0
+    insert(policy, offload_key(1), chunk, ReqContext("r"))
+    ledger.publish(0, offload_key(1))
+    assert policy.evict(2, set()) is None
+    assert policy.evict(1, {offload_key(1)}) is None
+    assert ledger.read(0) is not None
+    ledger.close()
+
+
+def insert(policy, key, chunk, context):
+    """As this vLLM's manager calls it: with the request's context since 0.33."""
+    try:
+        policy.insert(key, chunk, context)
+    except TypeError:
+        policy.insert(key, chunk)

@@ -1,0 +1,304 @@
+"""The tier alone: what it answers vLLM, what it tells the node, what it remembers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.vllm_fakes import FACTS, FakeNode, configured_extra, make_offloading_config, offload_key, shared_pool
+from vllm.v1.kv_offload.base import LookupResult, ReqContext
+from vllm.v1.kv_offload.tiering.base import TransferJob
+
+from kvmesh.config import KVMeshConfig
+from kvmesh.core.reasons import MissReason
+from kvmesh.node.handle import NodeState
+from kvmesh.vllm import tier as tier_module
+from kvmesh.vllm.tier import PeerTier
+
+SLOTS, CHUNK_BYTES = 8, 4096
+A, B, C, D = (offload_key(number) for number in range(4))
+HIT, MISS = LookupResult.HIT, LookupResult.MISS
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(tier_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def make_tier(monkeypatch, clock):
+    monkeypatch.setattr(tier_module, "NodeHandle", FakeNode)
+    with shared_pool(SLOTS, CHUNK_BYTES) as view:
+        made = []
+
+        def make(**keys: object) -> PeerTier:
+            extra = configured_extra(**keys)
+            spec = SimpleNamespace(extra_config=extra, config=make_offloading_config(extra=extra))
+            made.append(PeerTier(offloading_spec=spec, primary_kv_view=view, tier_type="PeerTier"))
+            return made[-1]
+
+        yield make
+        for tier in made:
+            tier.ledger.close()
+            tier._primary_kv_view = None
+
+
+@pytest.fixture
+def tier(make_tier):
+    return make_tier()
+
+
+def job(job_id: int, keys, slots, context=None, *, promotion: bool = True) -> TransferJob:
+    return TransferJob(
+        job_id=job_id,
+        keys=list(keys),
+        chunk_ids=np.array(slots, dtype=np.int32),
+        is_promotion=promotion,
+        req_context=context or ReqContext("r1"),
+    )
+
+
+def counted(tier: PeerTier) -> dict[str, dict[tuple[str, ...], float]]:
+    """The metrics that came together since the last call."""
+    stats = tier.get_stats()
+    return {} if stats is None else stats.data["data"]
+
+
+def lookups(tier: PeerTier) -> dict[tuple[str, ...], float]:
+    return counted(tier).get("kvmesh_lookup_chunks", {})
+
+
+class TestStart:
+    def test_the_node_gets_pool_format_and_configuration(self, make_tier):
+        tier = make_tier(instance_id="a", fetch_timeout_s=3)
+        node = tier.node
+        assert node.started
+        assert KVMeshConfig.from_wire(node.config_wire).instance_id == "a"
+        assert (node.kv_format.chunk_bytes, node.kv_format.chunk_tokens) == (CHUNK_BYTES, 64)
+        assert node.kv_format.model_name == FACTS["model_name"]
+        assert [(each.offset_bytes, each.length_bytes) for each in node.segments] == [(0, SLOTS * CHUNK_BYTES)]
+        assert node.ledger.slots == SLOTS
+
+    def test_options_of_the_tier_itself_are_refused(self):
+        """All options are in our configuration; one in the tier's entry would be silently lost."""
+        with shared_pool(1, CHUNK_BYTES) as view, pytest.raises(TypeError, match="speed"):
+            PeerTier(SimpleNamespace(), view, "PeerTier", None, speed=1)
+
+
+class TestLookup:
+    def test_what_a_peer_holds_is_a_hit(self, tier):
+        tier.node.visible = {A}
+        context = ReqContext("r1")
+        assert [tier.lookup(key, context) for key in (A, B)] == [HIT, MISS]
+        assert lookups(tier) == {("hit", ""): 1, ("miss", "not_published"): 1}
+
+    def test_asking_again_is_counted_once_per_request(self, tier):
+        """vLLM asks at every step while it waits."""
+        first, second = ReqContext("r1"), ReqContext("r2")
+        for context in (first, first, second):
+            tier.lookup(A, context)
+        assert lookups(tier) == {("miss", "not_published"): 2}
+
+    @pytest.mark.parametrize(
+        ("state", "reason"),
+        [
+            (NodeState(False, False, False, 0), "node_down"),
+            (NodeState(True, False, False, 0), "no_directory"),
+            (NodeState(True, True, True, 0), "no_peers"),
+            (NodeState(True, False, True, 2), "not_published"),
+        ],
+    )
+    def test_every_miss_has_a_reason(self, tier, state, reason):
+        tier.node.state = state
+        assert tier.lookup(A, ReqContext("r1")) is MISS
+        assert lookups(tier) == {("miss", reason): 1}
+
+
+class TestMinimum:
+    @pytest.fixture
+    def tier(self, make_tier):
+        return make_tier(min_retrieve_tokens=128)  # two chunks
+
+    @staticmethod
+    def request(*keys) -> ReqContext:
+        context = ReqContext("r1")
+        for position, key in enumerate(keys):
+            context.set_offload_key_position(key, (position + 1) * 64)
+        return context
+
+    def test_too_short_a_run_is_not_fetched(self, tier):
+        tier.node.visible = {A, C}
+        assert tier.lookup(A, self.request(A, B, C)) is MISS
+        assert lookups(tier) == {("miss", "below_minimum"): 1}
+
+    def test_a_long_enough_run_is_fetched_to_its_end(self, tier):
+        tier.node.visible = {A, B, C}
+        context = self.request(A, B, C, D)
+        assert [tier.lookup(key, context) for key in (A, B, C, D)] == [HIT, HIT, HIT, MISS]
+
+    def test_the_run_counts_from_the_first_chunk_that_is_asked_for(self, tier):
+        """What stands before it is in this engine's own pool already."""
+        tier.node.visible = {A, B, C}
+        assert tier.lookup(C, self.request(A, B, C)) is MISS
+
+    def test_a_key_without_a_position_is_no_run(self, tier):
+        tier.node.visible = {A, B}
+        assert tier.lookup(A, self.request()) is MISS
+
+
+class TestStore:
+    def test_what_the_engine_computed_is_published_at_once(self, tier):
+        tier.submit_store(job(5, [A, B], [2, 4], promotion=False))
+        assert tier.ledger.read(2).key == A
+        assert tier.ledger.read(4).key == B
+        assert tier.node.published == [([2, 4], False)]
+        (result,) = tier.get_finished_jobs()
+        assert (result.job_id, result.success) == (5, True)
+        assert list(tier.get_finished_jobs()) == []
+
+    def test_a_store_keeps_no_engine_awake(self, tier):
+        """`has_pending_work` makes the engine step; only a fetch is worth that."""
+        tier.submit_store(job(5, [A], [2], promotion=False))
+        assert not tier.has_pending_work()
+
+
+class TestFetch:
+    def test_slots_are_unreadable_while_they_are_written(self, tier):
+        tier.ledger.publish(3, D)
+        tier.submit_load(job(1, [A], [3]))
+        assert tier.ledger.read(3) is None
+        assert tier.node.fetches == {1: [A]}
+        assert tier.node.fetch_slots == {1: [3]}
+        assert tier.node.timeouts_s == [10.0]
+        assert tier.has_pending_work()
+        assert list(tier.get_finished_jobs()) == []
+
+    def test_what_has_come_is_published_in_turn(self, tier):
+        """So hot prefixes spread by use."""
+        tier.submit_load(job(1, [A, B], [3, 4]))
+        tier.node.finish(1)
+        (result,) = tier.get_finished_jobs()
+        assert (result.job_id, result.success, list(result.successful_keys)) == (1, True, [A, B])
+        assert (result.transfer_bytes, result.transfer_time) == (2 * CHUNK_BYTES, 0.5)
+        assert [tier.ledger.read(slot).key for slot in (3, 4)] == [A, B]
+        assert tier.node.published == [([3, 4], True)]
+        assert not tier.has_pending_work()
+
+    def test_of_a_partial_fetch_the_good_chunks_are_kept(self, tier):
+        context = ReqContext("r1")
+        tier.submit_load(job(1, [A, B, C], [3, 4, 5], context))
+        tier.node.finish(1, [None, MissReason.EVICTED, MissReason.TRUNCATED])
+        (result,) = tier.get_finished_jobs()
+        assert (result.success, list(result.successful_keys)) == (False, [A])
+        assert [tier.ledger.read(slot) is not None for slot in (3, 4, 5)] == [True, False, False]
+        assert tier.node.published == [([3], True)]
+
+    def test_of_a_failed_fetch_nothing_is_kept(self, tier):
+        tier.submit_load(job(1, [A, B], [3, 4]))
+        tier.node.finish(1, [MissReason.PEER_LOST] * 2)
+        (result,) = tier.get_finished_jobs()
+        assert (result.success, list(result.successful_keys)) == (False, [])
+        assert tier.node.published == []
+        assert tier.ledger.statistics().published == 0
+
+    def test_a_job_that_nobody_asked_for_is_ignored(self, tier):
+        tier.submit_load(job(1, [A], [3]))
+        tier.node.finish(1)
+        tier.node.finished.append(tier.node.finished[0]._replace(job_id=99))
+        assert [result.job_id for result in tier.get_finished_jobs()] == [1]
+
+    def test_a_drain_ends_every_job(self, tier):
+        """vLLM throws the pool away: every job must be reported, and nothing may write any more."""
+        tier.submit_store(job(1, [A], [0], promotion=False))
+        tier.submit_load(job(2, [B], [3]))
+        tier.drain_jobs()
+        assert sorted((result.job_id, result.success) for result in tier.get_finished_jobs()) == [(1, True), (2, False)]
+        assert not tier.has_pending_work()
+
+    def test_fetches_are_counted(self, tier):
+        counted(tier)
+        tier.submit_load(job(1, [A, B, C], [3, 4, 5]))
+        tier.node.finish(1, [None, MissReason.STALE, MissReason.STALE])
+        list(tier.get_finished_jobs())
+        found = counted(tier)
+        assert found["kvmesh_fetched_chunks"] == {(): 1}
+        assert found["kvmesh_fetched_bytes"] == {(): CHUNK_BYTES}
+        assert found["kvmesh_fetch_seconds"] == {(): [0.5]}
+        assert found["kvmesh_fetch_missed_chunks"] == {("stale",): 2}
+
+
+class TestNegativeCache:
+    @pytest.fixture
+    def request_that_failed(self) -> ReqContext:
+        return ReqContext("r1")
+
+    @pytest.fixture
+    def tier(self, make_tier, request_that_failed):
+        tier = make_tier(negative_cache_s=2)
+        tier.node.visible = {A, B}
+        tier.submit_load(job(1, [A], [3], request_that_failed))
+        tier.node.finish(1, [MissReason.PEER_LOST])
+        list(tier.get_finished_jobs())
+        counted(tier)
+        return tier
+
+    def test_a_chunk_that_failed_is_left_alone_for_a_while(self, tier, clock):
+        """For every request, so that a dead peer costs one fetch and not one per request."""
+        assert [tier.lookup(key, ReqContext("r2")) for key in (A, B)] == [MISS, HIT]
+        assert lookups(tier) == {("hit", ""): 1, ("miss", "recently_failed"): 1}
+        clock.now_s += 1.9
+        assert tier.lookup(A, ReqContext("r3")) is MISS
+        clock.now_s += 0.2
+        assert tier.lookup(A, ReqContext("r4")) is HIT
+
+    def test_the_request_that_met_the_failure_never_tries_again(self, tier, clock, request_that_failed):
+        """Otherwise it could go round in circles while a peer keeps announcing what it cannot deliver."""
+        clock.now_s += 3600
+        assert tier.lookup(A, request_that_failed) is MISS
+
+    def test_the_memory_is_bounded(self, tier, monkeypatch):
+        monkeypatch.setattr(tier_module, "MAX_FAILED_KEYS", 3)
+        keys = [offload_key(number) for number in range(10, 16)]
+        tier.submit_load(job(2, keys, range(6)))
+        tier.node.finish(2, [MissReason.DEADLINE] * 6)
+        list(tier.get_finished_jobs())
+        assert list(tier._failed_until_s) == keys[-3:]
+
+
+class TestMetrics:
+    def test_nothing_is_reported_when_nothing_changed(self, tier):
+        """vLLM asks after every step."""
+        assert counted(tier)["kvmesh_node_up"] == {(): 1}
+        assert tier.get_stats() is None
+        tier.node.visible = {A}
+        assert counted(tier)["kvmesh_visible_chunks"] == {(): 1}
+        assert tier.get_stats() is None
+
+    def test_a_node_that_is_down_is_shown(self, tier):
+        counted(tier)
+        tier.node.state = NodeState(False, False, False, 0)
+        tier.node.restarts = 1
+        found = counted(tier)
+        assert (found["kvmesh_node_up"], found["kvmesh_node_restarts"]) == ({(): 0}, {(): 1})
+
+    def test_every_name_is_defined_for_vllm(self, tier):
+        tier.lookup(A, ReqContext("r1"))
+        tier.submit_load(job(1, [A, B], [0, 1]))
+        tier.node.finish(1, [None, MissReason.STALE])
+        list(tier.get_finished_jobs())
+        assert set(counted(tier)) == set(PeerTier.build_metric_definitions({}))
+
+
+def test_shutdown_ends_the_node(tier):
+    tier.shutdown()
+    assert tier.node.closed
