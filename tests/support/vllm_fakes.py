@@ -120,7 +120,7 @@ class FakeNode:
 
 
 def make_vllm_config(*, extra: dict[str, Any] | None = None, **changed: Any) -> Any:
-    """What our connector and vLLM's own read of a `VllmConfig`. `extra` are our keys; `changed` is for the parallel sizes."""
+    """What the connectors, ours and vLLM's, read of a `VllmConfig`. `extra`: our keys; `changed`: parallel sizes."""
     parallel = {
         "rank": 0,
         "world_size": 1,
@@ -217,7 +217,7 @@ def make_offloading_config(
 
 
 def configured_extra(**keys: Any) -> dict[str, Any]:
-    """vLLM's extra configuration as our connector leaves it; `keys` are ours."""
+    """The extra configuration as our connector leaves it for vLLM; `keys` are ours."""
     vllm_config = make_vllm_config(extra={"chunk_tokens": CHUNK_TOKENS, **keys})
     configure(vllm_config)
     extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config

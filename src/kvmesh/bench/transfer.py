@@ -1,8 +1,8 @@
 """How fast chunks move between two processes of this host, per transport, beside yardsticks from the same run.
 
-The other process holds a pool and serves it. Methods take turns, case by case, so that a busy machine is busy for all of
-them; a figure is the median of the rounds. CPU seconds per GB are the ones to compare where cores are shared: bytes per
-second then measure the neighbours too.
+The other process holds a pool and serves it. Methods take turns, case by case, so that a busy machine is busy for all
+of them; a figure is the median of the rounds. CPU seconds per GB are the ones to compare where cores are shared: bytes
+per second then measure the neighbours too.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class _Case:
         self._fetches: dict[str, Fetch] = {}
         self._holder_pids: list[int] = []
 
-    def __enter__(self) -> _Case:
+    def __enter__(self) -> _Case:  # noqa: PYI034 - private, never subclassed
         pool = self._stack.enter_context(closing(HostPool.create(POOL_BYTES // self._chunk_bytes, self._chunk_bytes)))
         for slot in range(pool.slots):
             pool.row(slot)[:] = bytes(self._chunk_bytes)  # no page faults later
@@ -192,7 +192,7 @@ class _Case:
         return [self._summary(method, batch, turns) for method, turns in found.items()]
 
     def _round(self, fetch: Fetch, batch: int, round_s: float) -> _Round:
-        fetches_s = []
+        fetches_s: list[float] = []
         holder_s, fetcher_s = self._holder_cpu_s(), time.process_time()
         end_s = time.perf_counter() + round_s
         while not fetches_s or time.perf_counter() < end_s:

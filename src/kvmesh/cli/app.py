@@ -170,6 +170,19 @@ def bench_ttft(
     raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, as_json=as_json))
 
 
+@bench_app.command("idle")
+def bench_idle(
+    seconds: Annotated[float, typer.Option(min=1, help="How long to watch.")] = 30.0,
+    channel: Annotated[str, typer.Option(help="transfer_channel of both nodes.")] = "tcp",
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Five seconds.")] = False,
+) -> None:
+    """What an idle controller and two idle nodes cost: CPU and memory."""
+    from kvmesh.bench.idle import run_idle
+
+    raise typer.Exit(run_idle(5.0 if quick else seconds, channel, as_json=as_json))
+
+
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
 

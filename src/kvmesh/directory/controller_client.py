@@ -22,7 +22,8 @@ log = logging.getLogger("kvmesh.directory")
 
 BATCH_DELAY_S = 0.002
 """Changes that come within this time travel in one batch."""
-MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""A Registered names every member: about 400 bytes each."""
 SEND_QUEUE_FRAMES = 1000
 """Beyond so many unsent frames events are dropped; the gap then asks for a snapshot."""
 SNAPSHOT_RETRY_S = 1.0
@@ -49,6 +50,9 @@ class ControllerClient:
         self._beat = self._socket(zmq.DEALER, heartbeat_url) if heartbeat_url else self._dealer
         self._reply_url = reply_url
         self._sequence = 0
+        self._registration = 0
+        self._received_bytes = 0
+        """Of notices since the last Registered; tells the controller what is still under way, and what was lost."""
         self._member: wire.Member | None = None
         self._registered = False
         self._connected = False
@@ -107,7 +111,12 @@ class ControllerClient:
                 self._set_connected(False)
             if self._registered:
                 beat = wire.Heartbeat(
-                    member.instance_id, member.incarnation, self._sequence, self._listener.statistics()
+                    member.instance_id,
+                    member.incarnation,
+                    self._sequence,
+                    self._listener.statistics(),
+                    registration=self._registration,
+                    received_bytes=self._received_bytes,
                 )
                 self._send(self._beat, beat)
                 await asyncio.sleep(self._interval_s)
@@ -150,7 +159,12 @@ class ControllerClient:
                 log.error("controller sent a malformed message bytes=%d error=%r", len(frames[-1]), str(error))
                 continue
             self._answered_at_s = time.monotonic()
-            self._on_notice(notice)
+            if not isinstance(notice, wire.Registered | wire.HeartbeatAck | wire.Refused):
+                self._received_bytes += len(frames[-1])
+            try:
+                self._on_notice(notice)
+            except Exception:  # a member that cannot be used costs itself, not the node
+                log.exception("notice could not be applied kind=%s", type(notice).__name__)
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -187,6 +201,7 @@ class ControllerClient:
         assert self._member is not None
         self._refusal = ""
         self._registered = True
+        self._registration, self._received_bytes = notice.registration, 0
         self._interval_s = notice.heartbeat_interval_s or self._interval_s
         if self._controller and self._controller != notice.controller_incarnation:
             self._unconfirmed = set(self._members)

@@ -14,6 +14,7 @@ import math
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -140,7 +141,7 @@ class PeerServer:
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
-        self._stall_timeout_s = stall_timeout_s
+        self._patience = Deadline(math.inf, stall_timeout_s)  # no end as long as bytes flow
         self._idle_timeout_s = idle_timeout_s
         self._listeners: list[socket.socket] = []
         self._ports: list[int] = []
@@ -148,7 +149,7 @@ class PeerServer:
         self._streams: dict[PeerStream, threading.Thread] = {}
         self._acceptors: list[threading.Thread] = []
         self._closing = threading.Event()
-        self._counts = dict.fromkeys(PeerServerStatistics._fields, 0)
+        self._counts = Counter[str]()
 
     def start(self) -> None:
         """Bind and serve. Raises StartupError that names the port."""
@@ -177,7 +178,17 @@ class PeerServer:
     def statistics(self) -> PeerServerStatistics:
         """Counters; from any thread."""
         with self._lock:
-            return PeerServerStatistics(**(self._counts | {"connections": len(self._streams)}))
+            counts = self._counts
+            return PeerServerStatistics(
+                connections=len(self._streams),
+                accepted=counts["accepted"],
+                served_chunks=counts["served"],
+                served_bytes=counts["served"] * self._pool.chunk_bytes,
+                stale=counts["stale"],
+                gone=counts["gone"],
+                refused=counts["refused"],
+                protocol_errors=counts["protocol_errors"],
+            )
 
     def close(self) -> None:
         """Stop serving: when this returns, no thread of the server reads the pool any more. Safe to call twice."""
@@ -228,7 +239,7 @@ class PeerServer:
                     del self._streams[stream]
                     raise
         if is_full:
-            self._count("refused")
+            self._count(refused=1)
             log.warning("peer refused peer=%s reason=full connections=%d", stream.peer, self._max_connections)
             with contextlib.suppress(KVMeshError):
                 refusal = Refused("full", f"{self._max_connections} connections are open already")
@@ -241,7 +252,7 @@ class PeerServer:
             if self._greet(stream):
                 self._answer_all(stream)
         except (PeerProtocolError, MessageError) as error:
-            self._count("protocol_errors")
+            self._count(protocol_errors=1)
             log.warning("peer connection closed peer=%s reason=protocol error=%s", stream.peer, error)
         except PeerCancelledError:
             pass
@@ -268,14 +279,14 @@ class PeerServer:
             )
         wanted = (theirs.wanted_instance_id, theirs.wanted_incarnation)
         if wanted != (self._ours.instance_id, self._ours.incarnation):
-            self._count("refused")
+            self._count(refused=1)
             log.warning(
                 "peer refused peer=%s reason=looking_for_another wanted=%s incarnation=%s", stream.peer, *wanted
             )
             return False
         differing = format_differences(self._ours, theirs)
         if differing:
-            self._count("refused")
+            self._count(refused=1)
             fields = "; ".join(map(str, differing))
             log.warning("peer refused peer=%s reason=format_mismatch fields=%s", stream.peer, fields)
             return False
@@ -284,18 +295,14 @@ class PeerServer:
     def _answer_all(self, stream: PeerStream) -> None:
         while stream.wait_readable(self._idle_timeout_s):
             try:
-                payload = stream.receive_frame(self._patience(), FRAME_LIMIT_BYTES)
+                payload = stream.receive_frame(self._patience, FRAME_LIMIT_BYTES)
             except PeerReadError as error:
                 raise PeerClosedError(stream.peer, found=error.found) from None  # reset between requests: it just left
             request = decode_request(payload)
             if isinstance(request, Get):
                 self._send_chunks(stream, request)
             else:
-                stream.send_frame(encode(self._answer(request)), self._patience())
-
-    def _patience(self) -> Deadline:
-        """No end as long as bytes flow."""
-        return Deadline(math.inf, self._stall_timeout_s)
+                stream.send_frame(encode(self._answer(request)), self._patience)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -324,26 +331,29 @@ class PeerServer:
             return None
         return located
 
-    def _send_chunks(self, stream: PeerStream, request: Get) -> None:
-        """Header, payload, trailer for each key. A trailer leaves together with what follows it, to save a system
-        call.
-        """
+    def _send_chunks(self, stream: PeerStream, get: Get) -> None:
+        """Header, payload, trailer for each key. A trailer leaves together with what follows it, in one system call."""
         owed: list[bytes | memoryview] = []
-        for position, key in enumerate(request.keys):
-            located = self._find(key)
-            if located is None:
-                owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, request.request, position, 0)))
-                self._count("gone")
-                continue
-            row = self._pool.row(located.slot)
-            owed += [pack_header(ChunkHeader(ChunkStatus.HELD, request.request, position, len(row))), row]
-            stream.send(owed, self._patience())
-            is_valid = self._ledger.is_current(located.slot, located.generation)
-            verdict = Verdict.VALID if is_valid else Verdict.STALE
-            checksum = located.checksum if is_valid else NO_CHECKSUM
-            owed = [pack_trailer(ChunkTrailer(verdict, request.request, position, checksum))]
-            self._count_served(is_valid)
-        stream.send(owed, self._patience())
+        counts = Counter[str]()
+        try:
+            for position, key in enumerate(get.keys):
+                located = self._find(key)
+                if located is None:
+                    counts["gone"] += 1
+                    owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, get.request, position, 0)))
+                    continue
+                row = self._pool.row(located.slot)
+                owed += [pack_header(ChunkHeader(ChunkStatus.HELD, get.request, position, len(row))), row]
+                stream.send(owed, self._patience)
+                # Every byte has left the slot: only now does the generation say what they were.
+                is_valid = self._ledger.is_current(located.slot, located.generation)
+                counts["served" if is_valid else "stale"] += 1
+                verdict = Verdict.VALID if is_valid else Verdict.STALE
+                checksum = located.checksum if is_valid else NO_CHECKSUM
+                owed = [pack_trailer(ChunkTrailer(verdict, get.request, position, checksum))]
+        finally:
+            self._count(**counts)
+        stream.send(owed, self._patience)
 
     def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
         found = [self._find(key) for key in request.keys]
@@ -352,7 +362,7 @@ class PeerServer:
         remaining = iter(addresses)
         for located in found:
             if located is None:
-                self._count("gone")
+                self._count(gone=1)
                 places.append(None)
             else:
                 places.append(Place(next(remaining), self._pool.chunk_bytes, located.generation, located.slot))
@@ -364,22 +374,17 @@ class PeerServer:
             raise MessageError(f"slot {slot} of a pool with {self._ledger.slots} slots")
         is_readable = generation & 1 and self._ledger.is_current(slot, generation)
         checksum = self._ledger.checksum(slot, generation) if is_readable else None
-        self._count_served(checksum is not None)
-        return checksum or b""
+        if checksum is None:
+            self._count(stale=1)
+            return b""
+        self._count(served=1)
+        return checksum
 
     # -- counters ------------------------------------------------------------------------------------------------------
 
-    def _count(self, what: str) -> None:
+    def _count(self, **counts: int) -> None:
         with self._lock:
-            self._counts[what] += 1
-
-    def _count_served(self, is_valid: bool) -> None:
-        with self._lock:
-            if is_valid:
-                self._counts["served_chunks"] += 1
-                self._counts["served_bytes"] += self._pool.chunk_bytes
-            else:
-                self._counts["stale"] += 1
+            self._counts.update(counts)
 
 
 def _soon(timeout_s: float) -> Deadline:

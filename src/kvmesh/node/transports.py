@@ -49,6 +49,7 @@ class Transports:
             target,
             self.hello,
             self._pool,
+            host=self._config.host,
             verify=self._config.verify_checksum,
             connections=self._config.fetch_connections,
             nixl_backends=self._config.nixl_backends,

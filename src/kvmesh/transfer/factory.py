@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
 from kvmesh.transfer.link import PeerTarget
-from kvmesh.transfer.nixl_agent import unavailable
+from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.tcp import CONNECTIONS_PER_FETCH, TcpTransport
 from kvmesh.wire.peer import Hello
@@ -87,16 +87,22 @@ def choose(
     ours: Hello,
     pool: HostPool,
     *,
+    host: str,
     verify: bool = True,
     connections: int = CONNECTIONS_PER_FETCH,
     nixl_backends: Sequence[str] = ("UCX",),
     rdma: bool | None = None,
 ) -> Chosen:
-    """The transport to use towards `target`. Arguments as in `choose_name` and the transports themselves."""
+    """The transport to use towards `target`.
+
+    `host` is this node's own address: on loopback, UCX is confined to it. Other arguments as in `choose_name` and the
+    transports themselves.
+    """
     choice = choose_name(channel, ours.transports, target.transports, rdma=rdma)
     if choice.name == "tcp":
         return Chosen(TcpTransport(target, ours, pool, connections=connections, verify=verify), choice.reason)
     # NIXL takes half a second and 50 MB to load, and most nodes do without it.
     from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415
 
+    prepare_environment(host)
     return Chosen(NixlTransport(target, ours, pool, backends=nixl_backends, verify=verify), choice.reason)

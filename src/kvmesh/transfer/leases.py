@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import PeerCancelledError, PeerTimeoutError
@@ -31,7 +32,8 @@ class Connection(Protocol):
 _C = TypeVar("_C", bound=Connection)
 
 
-class Lease(NamedTuple, Generic[_C]):
+@dataclass(frozen=True)
+class Lease(Generic[_C]):
     """A connection on loan."""
 
     connection: _C

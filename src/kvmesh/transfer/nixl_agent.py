@@ -17,12 +17,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
 import ipaddress
 import os
 import secrets
 import socket
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 from kvmesh.errors import TransferError
@@ -39,7 +43,6 @@ _UCX_DEFAULTS = {
     "UCX_KEEPALIVE_INTERVAL": "2s",
     # Destroying an agent with a transfer under way is what we do on a deadline; it needs no three warnings each time.
     "UCX_LOG_LEVEL": "error",
-    "NIXL_LOG_LEVEL": "WARN",
 }
 _create_lock = threading.Lock()
 
@@ -55,15 +58,50 @@ Region = tuple[int, int]
 @functools.cache
 def load() -> Any:
     """NIXL's Python module. Raises TransferError that lists why each of its packages could not be imported."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # read when it is imported
     failures = []
-    for name in _MODULES:
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:  # noqa: PERF203 - three rounds
-            failures.append(f"{name}: {error}")
+    with _without_torch():
+        for name in _MODULES:
+            try:
+                return importlib.import_module(name)
+            except ImportError as error:  # noqa: PERF203 - three rounds
+                failures.append(f"{name}: {error}")
     raise TransferError(
         "NIXL", expected="an importable package", found="; ".join(failures), hint="install kvmesh[nixl] or use tcp"
     )
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keep NIXL's meta package from importing torch, seconds and 200 MB, for nothing but its CUDA version.
+
+    It looks for that on disk first, and that still works; a torch that is loaded already is used as it is.
+    """
+    finder = _TorchRefuser()
+    if "torch" not in sys.modules:
+        sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(finder)
+
+
+class _TorchRefuser(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torch as usual, and fails to load it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError(f"{module.__name__} is not needed for NIXL")
 
 
 def unavailable() -> str | None:
@@ -206,7 +244,7 @@ class Agent:
 
 
 @contextlib.contextmanager
-def _translated(thing: str) -> Any:
+def _translated(thing: str) -> Iterator[None]:
     try:
         yield
     except NixlError:
@@ -216,7 +254,7 @@ def _translated(thing: str) -> Any:
 
 
 @contextlib.contextmanager
-def _progress_delay(api: Any) -> Any:
+def _progress_delay(api: Any) -> Iterator[None]:
     """While this is open, new agents get our progress delay: the wrapper builds their configuration and hard-codes
     zero.
     """

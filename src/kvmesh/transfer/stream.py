@@ -36,6 +36,8 @@ from kvmesh.wire.framing import LENGTH_BYTES, FrameError, pack_frame, parse_leng
 _TIMEVAL = struct.Struct("ll")
 _SHORTEST_S = 0.001
 """The kernel's clock for socket timeouts ticks every 1 to 4 ms, and zero would mean for ever."""
+_ARM_TOLERANCE_S = 0.01
+"""The kernel is not told of each millisecond that goes by; a call may outlive its deadline by so much."""
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
 
 
@@ -67,18 +69,22 @@ class PeerStream:
 
     def receive_into(self, view: memoryview, deadline: Deadline) -> None:
         """Fill `view`. Raises PeerTimeoutError, PeerStalledError, PeerClosedError or PeerReadError."""
-        received = 0
-        while received < len(view):
+        self.receive_parts([view], deadline)
+
+    def receive_parts(self, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """Fill `views` one after the other, in one system call where possible. Raises as `receive_into`."""
+        rest = list(views)
+        while rest:
             by_deadline = self._arm(socket.SO_RCVTIMEO, deadline)
             try:
-                count = self._socket.recv_into(view[received:], 0, socket.MSG_WAITALL)
+                count = self._socket.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0]
             except BlockingIOError:
                 raise self._timed_out(by_deadline, "a byte") from None
             except OSError as error:
                 raise self._broken(PeerReadError, error) from None
             if not count:
                 raise self._broken(PeerClosedError, None)
-            received += count
+            _drop(rest, count)
 
     def receive_frame(self, deadline: Deadline, limit_bytes: int) -> bytes:
         """The next frame's payload. Raises as `receive_into`, and PeerProtocolError for a length outside the limit."""
@@ -106,10 +112,7 @@ class PeerStream:
                 raise self._timed_out(by_deadline, "room to send") from None
             except OSError as error:
                 raise self._broken(PeerWriteError, error) from None
-            while rest and count >= len(rest[0]):
-                count -= len(rest.pop(0))
-            if count:
-                rest[0] = rest[0][count:]
+            _drop(rest, count)
 
     def send_frame(self, payload: bytes, deadline: Deadline) -> None:
         """Send one frame. Raises as `send`."""
@@ -139,7 +142,7 @@ class PeerStream:
             raise self._timed_out(by_deadline=True, awaited="an answer")
         by_deadline = remaining_s < deadline.stall_s
         allowed_s = remaining_s if by_deadline else deadline.stall_s
-        if self._armed_s[option] != allowed_s:
+        if not abs(self._armed_s[option] - allowed_s) < _ARM_TOLERANCE_S:
             seconds, fraction = divmod(max(allowed_s, _SHORTEST_S), 1)
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(fraction * 1e6)))
@@ -161,6 +164,14 @@ class PeerStream:
         if error is None:
             return kind(self.peer, found="connection closed by the peer")
         return kind(self.peer, found=str(error))
+
+
+def _drop(views: list[memoryview], count: int) -> None:
+    """Take the first `count` bytes off `views`."""
+    while views and count >= len(views[0]):
+        count -= len(views.pop(0))
+    if count:
+        views[0] = views[0][count:]
 
 
 def connect(host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:

@@ -27,7 +27,9 @@ from kvmesh.wire.peer import (
     HEADER_BYTES,
     MAX_KEYS,
     TRAILER_BYTES,
+    ChunkHeader,
     ChunkStatus,
+    ChunkTrailer,
     Get,
     Hello,
     MessageError,
@@ -235,6 +237,8 @@ class _Pull:
         self._requests = 0
         self._header = memoryview(bytearray(HEADER_BYTES))
         self._trailer = memoryview(bytearray(TRAILER_BYTES))
+        self._has_header = False
+        """The header of the next chunk has been read."""
         self.has_heard = False
         """The peer has answered on this connection."""
 
@@ -267,6 +271,7 @@ class _Pull:
         """After an idle connection turned out dead: its requests, on the new one."""
         indices = [asked.item for asked in self._asked]
         self._asked.clear()
+        self._has_header = False
         for start in range(0, len(indices), self._run_chunks):
             self._ask(link, indices[start : start + self._run_chunks])
 
@@ -276,38 +281,30 @@ class _Pull:
         link.send(Get(self._requests, [self._book.items[index].key for index in indices]), self._deadline)
 
     def _receive(self, link: PeerLink, asked: _Asked) -> None:
-        """One chunk into its slot."""
+        """One chunk into its slot, and the next one's header where that comes with it."""
         stream, deadline, book = link.stream, self._deadline, self._book
-        stream.receive_into(self._header, deadline)
-        self.has_heard = True
-        try:
-            header = parse_header(self._header)
-        except MessageError as violation:
-            raise PeerProtocolError(link.peer, found=str(violation)) from None
-        if (header.request, header.position) != (asked.request, asked.position):
-            raise PeerProtocolError(
-                link.peer, expected=f"chunk {asked[:2]}", found=f"chunk {(header.request, header.position)}"
-            )
-        if header.status is ChunkStatus.GONE:
+        if not self._has_header:
+            stream.receive_into(self._header, deadline)
+        self.has_heard, self._has_header = True, False
+        if self._parse_header(link, asked).status is ChunkStatus.GONE:
             book.miss(asked.item, MissReason.EVICTED)
             book.end(MissReason.TRUNCATED)
             return
         row = self._pool.row(book.items[asked.item].slot)
-        if header.length != len(row):
-            raise PeerProtocolError(link.peer, expected=f"chunk of {len(row)} bytes", found=f"{header.length} bytes")
         digest = xxhash.xxh3_128() if self._verify else None
-        for start in range(0, len(row), PIECE_BYTES):
+        last = (len(row) - 1) // PIECE_BYTES * PIECE_BYTES
+        for start in range(0, last, PIECE_BYTES):
             piece = row[start : start + PIECE_BYTES]
             stream.receive_into(piece, deadline)
             if digest is not None:
                 digest.update(piece)
-        stream.receive_into(self._trailer, deadline)
-        try:
-            trailer = parse_trailer(self._trailer)
-        except MessageError as violation:
-            raise PeerProtocolError(link.peer, found=str(violation)) from None
-        if (trailer.request, trailer.position) != (asked.request, asked.position):
-            raise PeerProtocolError(link.peer, expected=f"trailer of chunk {asked[:2]}", found="another one")
+        # Within one Get the holder sends a trailer together with the next header, so waiting for both delays nothing.
+        self._has_header = len(self._asked) > 1 and self._asked[1].request == asked.request
+        tail = [self._trailer, self._header] if self._has_header else [self._trailer]
+        stream.receive_parts([row[last:], *tail], deadline)
+        if digest is not None:
+            digest.update(row[last:])
+        trailer = self._parse_trailer(link, asked)
         if trailer.verdict is Verdict.STALE:
             book.miss(asked.item, MissReason.STALE)
         elif digest is not None and digest.digest() != trailer.checksum:
@@ -316,3 +313,24 @@ class _Pull:
             book.hit(asked.item, trailer.checksum)
             return
         book.end(MissReason.TRUNCATED)
+
+    def _parse_header(self, link: PeerLink, asked: _Asked) -> ChunkHeader:
+        try:
+            header = parse_header(self._header)
+        except MessageError as error:
+            raise PeerProtocolError(link.peer, found=str(error)) from None
+        if header[1:3] != asked[:2]:
+            raise PeerProtocolError(link.peer, expected=f"chunk {asked[:2]}", found=f"chunk {header[1:3]}")
+        if header.status is ChunkStatus.HELD and header.length != self._pool.chunk_bytes:
+            expected = f"chunk of {self._pool.chunk_bytes} bytes"
+            raise PeerProtocolError(link.peer, expected=expected, found=f"{header.length} bytes")
+        return header
+
+    def _parse_trailer(self, link: PeerLink, asked: _Asked) -> ChunkTrailer:
+        try:
+            trailer = parse_trailer(self._trailer)
+        except MessageError as error:
+            raise PeerProtocolError(link.peer, found=str(error)) from None
+        if trailer[1:3] != asked[:2]:
+            raise PeerProtocolError(link.peer, expected=f"trailer of chunk {asked[:2]}", found=f"of {trailer[1:3]}")
+        return trailer

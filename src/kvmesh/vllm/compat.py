@@ -1,14 +1,14 @@
 """Every vLLM internal that kvmesh uses, imported in this one module and nowhere else.
 
-Supported: vLLM 0.31 to 0.33. A version outside the range, or one inside whose internals have moved, stops the engine at start-up
-with one sentence instead of an ImportError from somewhere.
+Supported: vLLM 0.31 to 0.33; `tests/contract` checks each of them. A version outside the range, or one inside whose
+internals have moved, stops the engine at start-up with one sentence instead of an ImportError from somewhere.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from kvmesh.errors import VersionError
 
@@ -17,10 +17,14 @@ SUPPORTED_BELOW: Final = Version("0.34.dev0")
 
 
 def installed_version() -> Version:
-    """The version of the installed vLLM, whichever distribution brought it."""
-    from vllm.version import __version__  # noqa: PLC0415  (vLLM is not a dependency of the other packages)
+    """The version of the installed vLLM, whichever distribution brought it. Raises VersionError when it has none."""
+    from vllm.version import __version__
 
-    return Version(__version__)
+    try:
+        return Version(__version__)
+    except InvalidVersion as error:  # "dev": sources that were never built
+        hint = "install a released vLLM of a supported version"
+        raise VersionError("vLLM", expected="a version number", found=repr(__version__), hint=hint) from error
 
 
 def check_version(found: Version) -> None:

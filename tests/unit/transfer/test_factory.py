@@ -56,7 +56,7 @@ def test_a_host_without_the_device_folder_has_no_rdma(tmp_path):
 
 def test_choose_makes_the_transport():
     pool = HostPool.create(1, 4096)
-    chosen = choose("auto", PeerTarget("b", "0" * 16, "127.0.0.1", 1, TCP), hello(4096), pool)
+    chosen = choose("auto", PeerTarget("b", "0" * 16, "127.0.0.1", 1, TCP), hello(4096), pool, host="127.0.0.1")
     assert isinstance(chosen.transport, TcpTransport)
     assert chosen.reason == "the peer does not offer nixl"
     chosen.transport.close()

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import prometheus_client
 import pytest
-from support.vllm_fakes import DIRECTORY, FACTS, make_kv_cache_config, make_offloading_config, make_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
@@ -18,6 +17,7 @@ from kvmesh.node.handle import FinishedJob, NodeState
 from kvmesh.vllm import connector
 from kvmesh.vllm.connector import FACTS_KEY, KVMeshConnector, configure, tier_config
 from kvmesh.vllm.tier_metrics import FETCHED_CHUNKS, LOOKUPS, TierMetrics
+from support.vllm_fakes import DIRECTORY, FACTS, make_kv_cache_config, make_offloading_config, make_vllm_config
 
 
 def extra_of(vllm_config):
@@ -45,7 +45,7 @@ def test_our_keys_become_vllms(monkeypatch):
 
 
 def test_filling_twice_changes_nothing():
-    """vLLM asks the class before it makes the connector, in several processes; each may be first."""
+    """The class is asked before the connector is made, in several processes; each may be first."""
     vllm_config = make_vllm_config()
     first = configure(vllm_config)
     once = copy.deepcopy(extra_of(vllm_config))
@@ -83,7 +83,7 @@ def test_a_chunk_size_that_is_no_multiple_of_the_block_size_is_named(role, monke
 
 def test_groups_with_different_block_sizes_are_refused():
     """One chunk size cannot suit them; vLLM says so with an assertion, we with the key."""
-    with pytest.raises(ConfigError, match="chunk_tokens.*all KV cache groups"):
+    with pytest.raises(ConfigError, match=r"chunk_tokens.*all KV cache groups"):
         KVMeshConnector(make_vllm_config(), KVConnectorRole.WORKER, make_kv_cache_config(block_tokens=(16, 32)))
 
 
@@ -92,7 +92,7 @@ def test_other_errors_of_vllm_pass_unchanged(monkeypatch):
         raise ValueError("something else")
 
     monkeypatch.setattr(connector.OffloadingConnector, "__init__", fail)
-    with pytest.raises(ValueError, match="^something else$"):
+    with pytest.raises(ValueError, match=r"^something else$"):
         KVMeshConnector(make_vllm_config(), KVConnectorRole.WORKER, make_kv_cache_config())
 
 
@@ -131,7 +131,7 @@ def test_the_tier_reads_the_same_configuration():
 
 
 def test_our_metrics_appear_beside_vllms():
-    """vLLM's own exporter takes the tier's definitions and its numbers."""
+    """The exporter of vLLM takes the tier's definitions and its numbers."""
     registry = prometheus_client.CollectorRegistry()
     metric_types = {
         kind: functools.partial(kind, registry=registry)

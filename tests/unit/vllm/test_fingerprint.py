@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.vllm_fakes import FACTS, make_offloading_config, make_vllm_config
 
 from kvmesh.core.format import differences
 from kvmesh.vllm import fingerprint
 from kvmesh.vllm.fingerprint import SAMPLE_BYTES, SAMPLES_PER_FILE, make_format, model_facts, weights_digest
+from support.vllm_fakes import FACTS, make_offloading_config, make_vllm_config
 
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
 BODY_BYTES = 1 << 20

@@ -116,7 +116,7 @@ def jobs(draw):
 @given(jobs())
 @settings(max_examples=60, deadline=None)
 def test_blocks_go_where_the_layout_says_and_come_back(case):
-    """Store copies exactly the job's pages and nothing else, for partial chunks, odd sizes and several groups; load inverts it."""
+    """A store copies exactly the job's pages, also of partial chunks, odd sizes, several groups; a load inverts it."""
     groups, page_bytes, job = case
     assume(job.fits)
     with running_worker(page_bytes, groups, job.blocks_per_chunk) as (worker, tensors, rows):

@@ -10,7 +10,6 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from kvmesh.vllm.plugin import CONNECTOR_NAME, register
 
-
 CONFIG = SimpleNamespace(kv_connector=CONNECTOR_NAME, kv_connector_module_path=None)
 
 
@@ -20,7 +19,7 @@ def own_registry(monkeypatch):
 
 
 def test_registering_twice_is_registering_once():
-    """vLLM runs plugins in several processes, and in some of them more than once."""
+    """Plugins run in several processes, and in some of them more than once."""
     register()
     register()
     assert KVConnectorFactory.get_connector_class(CONFIG).__name__ == CONNECTOR_NAME

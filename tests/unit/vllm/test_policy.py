@@ -6,13 +6,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from support.vllm_fakes import offload_key
 from vllm.v1.kv_offload.base import ReqContext
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.vllm.policy import POLICIES, KVMeshARC, KVMeshLRU
+from support.vllm_fakes import offload_key
 
 SLOTS = 5
 KEYS = st.lists(st.integers(0, 11).map(offload_key), min_size=1, max_size=SLOTS, unique=True)

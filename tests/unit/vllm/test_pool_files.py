@@ -76,7 +76,7 @@ def test_a_memfd_is_one_segment(cleanup):
 
 
 def test_a_file_whose_name_is_gone_is_found_by_its_descriptor(cleanup):
-    """vLLM unlinks its pool's name early in some versions; the kernel then shows it as deleted."""
+    """The pool's name goes early, so that a killed engine leaves nothing; the kernel then shows it as deleted."""
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:  # unlinked here, below
         fd = os.dup(file.fileno())
     cleanup.callback(close_if_open, fd)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.vllm_fakes import FakeNode, configured_extra, make_offloading_config, offload_key
 from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor
 from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
@@ -16,6 +15,7 @@ from kvmesh.vllm import spec as spec_module
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.host_copy import HostCopyWorker
 from kvmesh.vllm.spec import KVMeshSpec
+from support.vllm_fakes import FakeNode, configured_extra, make_offloading_config, offload_key
 
 PAGE_BYTES = 1024
 
@@ -80,7 +80,7 @@ def test_a_worker_that_cannot_be_made_leaves_no_region_behind(monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr(spec_module, "HostCopyWorker", fail)
-    with pytest.raises(RuntimeError, match="^no$"):
+    with pytest.raises(RuntimeError, match=r"^no$"):
         make_spec().get_worker(make_caches())
     assert regions[0].mmap_obj is None
     assert regions[0].fd is None

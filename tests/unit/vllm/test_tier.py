@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.vllm_fakes import FACTS, FakeNode, configured_extra, make_offloading_config, offload_key, shared_pool
 from vllm.v1.kv_offload.base import LookupResult, ReqContext
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
@@ -15,6 +14,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import NodeState
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.tier import PeerTier
+from support.vllm_fakes import FACTS, FakeNode, configured_extra, make_offloading_config, offload_key, shared_pool
 
 SLOTS, CHUNK_BYTES = 8, 4096
 A, B, C, D = (offload_key(number) for number in range(4))
@@ -103,7 +103,7 @@ class TestLookup:
         assert lookups(tier) == {("hit", ""): 1, ("miss", "not_published"): 1}
 
     def test_asking_again_is_counted_once_per_request(self, tier):
-        """vLLM asks at every step while it waits."""
+        """A waiting request asks at every step."""
         first, second = ReqContext("r1"), ReqContext("r2")
         for context in (first, first, second):
             tier.lookup(A, context)
@@ -218,7 +218,7 @@ class TestFetch:
         assert [result.job_id for result in tier.get_finished_jobs()] == [1]
 
     def test_a_drain_ends_every_job(self, tier):
-        """vLLM throws the pool away: every job must be reported, and nothing may write any more."""
+        """The pool is about to be thrown away: every job must be reported, and nothing may write any more."""
         tier.submit_store(job(1, [A], [0], promotion=False))
         tier.submit_load(job(2, [B], [3]))
         tier.drain_jobs()
@@ -277,7 +277,7 @@ class TestNegativeCache:
 
 class TestMetrics:
     def test_nothing_is_reported_when_nothing_changed(self, tier):
-        """vLLM asks after every step."""
+        """This is asked after every step."""
         assert counted(tier)["kvmesh_node_up"] == {(): 1}
         assert tier.get_stats() is None
         tier.node.visible = {A}

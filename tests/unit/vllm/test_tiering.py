@@ -1,15 +1,15 @@
-"""Our tier and policy inside vLLM's own tiering manager, step by step as its scheduler calls it; only the node is a fake."""
+"""Our tier and policy inside vLLM's own tiering manager, called as its scheduler does; only the node is a fake."""
 
 from __future__ import annotations
 
 import pytest
-from support.vllm_fakes import FakeNode, configured_extra, make_offloading_config, offload_key
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext
 
 from kvmesh.core.reasons import MissReason
 from kvmesh.vllm import compat
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.spec import KVMeshSpec
+from support.vllm_fakes import FakeNode, configured_extra, make_offloading_config, offload_key
 
 SLOTS = 4
 PAGE_BYTES = 1024  # of one block; four blocks are one chunk and one page of memory
@@ -94,7 +94,7 @@ def test_a_prompt_that_a_peer_holds_is_fetched_then_found_in_the_pool(engine):
 
 
 def test_hits_are_shown_as_coming_from_peers(engine):
-    """vLLM counts cached tokens by source since 0.32."""
+    """Cached tokens are counted by source since vLLM 0.32."""
     if compat.HIT_SOURCE is None:
         pytest.skip("this version of vLLM does not count by source")
     engine.node.visible = {A}
@@ -146,7 +146,7 @@ def test_a_store_that_failed_publishes_nothing(engine):
 
 
 def test_a_reset_ends_fetches_and_retracts_everything(engine):
-    """vLLM resets on sleep and on new weights: nothing old may be readable, and nothing may be written any more."""
+    """On sleep and on new weights: nothing old may be readable, and nothing may be written any more."""
     engine.compute(A, B)
     engine.node.visible = {C}
     engine.look_up(engine.request(C), C)

@@ -60,7 +60,7 @@ class LiveTable:
                 pagination={"rowsPerPage": rows_per_page},
             )
             .classes("w-full")
-            .props(f'dense flat :grid="Quasar.Screen.lt.md" hide-pagination no-data-label="{empty}"')
+            .props('dense flat :grid="Quasar.Screen.lt.md" hide-pagination')
         )
         dot = _STATE_DOT.replace("${TONE}", "${props.row.tone}")
         self._table.add_slot(
@@ -68,6 +68,7 @@ class LiveTable:
             f'<q-td :props="props"><template v-if="props.row.tone">{dot}</template>{{{{ props.value }}}}</q-td>',
         )
         self._table.add_slot("item", _CARD)
+        self._table.add_slot("no-data", f'<span class="km-muted q-py-sm">{empty}</span>')
         self._paged = False
         self._rows_per_page = rows_per_page
 
