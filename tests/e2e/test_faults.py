@@ -1,4 +1,6 @@
-"""kill -9 of everything around real vLLM servers: no request fails or hangs, the text stays the same, and sharing comes back."""
+"""kill -9 of everything around real vLLM servers: no request fails or hangs, the text stays the same, and sharing
+comes back.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.servers import CHUNK_TOKENS, Pair, cold_then_pulled, node_of, pulled, running_pair, token_prompt
 
 from kvmesh.bench.cluster import Completion, complete, metric, wait_healthy
 from kvmesh.models import BENCH, make_tiny_llama
+from support.servers import CHUNK_TOKENS, Pair, cold_then_pulled, node_of, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -64,12 +66,15 @@ def test_node_killed_in_the_middle_of_a_fetch(pair: Pair, whose: str) -> None:
         cold, answer = ask_during_fault(pair, 1000 * (1 + (whose == "own")) + number, node.kill, delay_s)
         assert answer.text == cold.text
         assert answer.total_s < cold.total_s * 2 + FETCH_TIMEOUT_S + 5
-        wait_until(lambda: node_of(instance).is_running() and metric(pair.second.admin_url, "kvmesh_node_peers") == 1, "restart")
+        wait_until(
+            lambda: node_of(instance).is_running() and metric(pair.second.admin_url, "kvmesh_node_peers") == 1,
+            "restart",
+        )
     wait_until(lambda: heals(pair, 5000 + time.monotonic_ns() % 10**6), "sharing after the restart")
 
 
 def test_peer_node_stopped_in_the_middle(pair: Pair) -> None:
-    """A stopped peer costs at most the stall time; the request is computed and correct; after SIGCONT sharing goes on."""
+    """A stopped peer costs at most the stall time; the text is right; after SIGCONT sharing goes on."""
     node = node_of(pair.first)
     cold, answer = ask_during_fault(pair, 3000, lambda: os.kill(node.pid, signal.SIGSTOP), 0.0)
     node.send_signal(signal.SIGCONT)
@@ -79,7 +84,9 @@ def test_peer_node_stopped_in_the_middle(pair: Pair) -> None:
 
 
 def test_controller_killed(pair: Pair) -> None:
-    """Without a controller known chunks are still pulled; its successor learns everything and new chunks are shared again."""
+    """Without a controller known chunks are still pulled; its successor learns everything and new chunks are shared
+    again.
+    """
     prompt = token_prompt(TOKENS, 4000)
     known = int(metric(pair.second.admin_url, "kvmesh_node_replica_chunks"))
     cold = complete(pair.first.url, prompt, max_tokens=32)
@@ -96,7 +103,9 @@ def test_controller_killed(pair: Pair) -> None:
 
 
 def test_peer_engine_killed(pair: Pair) -> None:
-    """kill -9 of the whole peer engine in the middle of a fetch: the request is answered; the restarted engine shares again."""
+    """Kill -9 of the whole peer engine in the middle of a fetch: the request is answered; the restarted engine shares
+    again.
+    """
     cold, answer = ask_during_fault(pair, 8000, pair.first.kill_group, 0.05)
     assert answer.text == cold.text
     assert answer.total_s < cold.total_s * 2 + FETCH_TIMEOUT_S + 5

@@ -1,4 +1,6 @@
-"""A pool that holds a tenth of the working set, on real vLLM: evictions all the time while the peer reads, and never a wrong byte."""
+"""A pool that holds a tenth of the working set, on real vLLM: evictions all the time while the peer reads, and never a
+wrong byte.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.servers import Pair, PoolView, node_of, pulled, running_pair, token_prompt
 
 from kvmesh.bench.cluster import complete
 from kvmesh.models import TINY, make_tiny_llama
+from support.servers import Pair, PoolView, node_of, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -28,7 +30,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def test_thousands_of_evictions_no_wrong_text(pair: Pair) -> None:
-    """Both instances answer a working set ten times the pool, in orders that make them read what the other is evicting; every text is the cold run's."""
+    """Both instances answer a working set ten times the pool, in orders that make them read what the other is
+    evicting; every text is the cold run's.
+    """
     expected = {}
     for index, prompt in enumerate(PROMPTS):
         expected[index] = complete(pair.first.url, prompt, max_tokens=4).text

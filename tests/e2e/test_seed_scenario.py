@@ -1,4 +1,6 @@
-"""The first seed, end to end on real vLLM: what one instance has prefilled, the other pulls, and nobody can tell from the text."""
+"""The first seed, end to end on real vLLM: what one instance has prefilled, the other pulls, and nobody can tell from
+the text.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+
+from kvmesh.bench.cluster import complete, metric
+from kvmesh.models import BENCH, make_tiny_llama
 from support.servers import (
     CHUNK_TOKENS,
     Pair,
@@ -17,9 +22,6 @@ from support.servers import (
     token_prompt,
     words,
 )
-
-from kvmesh.bench.cluster import complete, metric
-from kvmesh.models import BENCH, make_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -36,7 +38,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_text_and_bytes_are_identical(pair: Pair) -> None:
-    """Five prompts of 4,000 tokens: at least 95 % of the whole chunks are pulled, greedy text and KV bytes are the holder's."""
+    """Five prompts of 4,000 tokens: at least 95 % of the whole chunks are pulled, greedy text and KV bytes are the
+    holder's.
+    """
     for seed in range(5):
         prompt = token_prompt(4000, seed)
         cold, again, chunks = cold_then_pulled(pair, prompt)

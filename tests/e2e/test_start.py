@@ -1,4 +1,6 @@
-"""Start-up is strict: what cannot work ends the start with one clear message, and a wrong model at the peer is named everywhere."""
+"""Start-up is strict: what cannot work ends the start with one clear message, and a wrong model at the peer is named
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from support.servers import token_prompt
 
 from kvmesh.bench.cluster import HOST, Controller, Instance, complete, instance_config, metric, tail, wait_healthy
 from kvmesh.models import TINY, make_tiny_llama
+from support.servers import token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_bad_configuration_and_busy_port_end_the_start(tmp_path: Path) -> None:
-    """A misspelt key, a chunk size that vLLM's blocks do not divide, and a taken port each end the engine with a message that names them."""
+    """A misspelt key, a chunk size that vLLM's blocks do not divide, and a taken port each end the engine with a
+    message that names them.
+    """
     model = make_tiny_llama(shape=TINY)
     controller = Controller(tmp_path)  # never started: a missing controller is no reason not to serve
     taken = socket.create_server((HOST, 0))
@@ -47,7 +51,9 @@ def test_bad_configuration_and_busy_port_end_the_start(tmp_path: Path) -> None:
 
 
 def test_another_model_at_the_peer_is_refused_by_name(tmp_path: Path) -> None:
-    """Two instances of different weights under the same served name: nothing is shared, and logs and API name the field."""
+    """Two instances of different weights under the same served name: nothing is shared, and logs and API name the
+    field.
+    """
     controller = Controller(tmp_path)
     models = [make_tiny_llama(tmp_path / f"seed{seed}" / "tiny", seed=seed, shape=TINY) for seed in (0, 1)]
     controller.start()

@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
-from support.servers import CHUNK_TOKENS, PoolView, cold_then_pulled, node_of, running_pair, token_prompt
 
 from kvmesh.models import TINY, make_tiny_llama
+from support.servers import CHUNK_TOKENS, PoolView, cold_then_pulled, node_of, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_two_ranks_share_as_one(tmp_path: Path) -> None:
-    """Two instances of two ranks each: whole chunks are pulled, text and bytes are the holder's, and the format says tp2."""
+    """Two instances of two ranks each: whole chunks are pulled, text and bytes are the holder's, and the format says
+    tp2.
+    """
     last = (os.cpu_count() or 2) - 1
     env = {"VLLM_CPU_OMP_THREADS_BIND": f"0|{last}"}
     arguments = ("--no-enable-prefix-caching", "--tensor-parallel-size", "2")

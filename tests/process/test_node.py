@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from support.stand_ins import CHUNK_BYTES, make_config, running_controller, running_engine
 
 from kvmesh.bench.cluster import Controller, wait_healthy
 from kvmesh.bench.stand_in import StandInEngine, make_key, stand_in_format
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
+from support.stand_ins import CHUNK_BYTES, make_config, running_controller, running_engine
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
@@ -69,7 +69,9 @@ def test_evicted_chunks_are_misses(pair: tuple[StandInEngine, StandInEngine]) ->
 
 
 def test_no_wrong_byte_while_the_holder_evicts(controller: Controller) -> None:
-    """A holder whose pool is a tenth of its working set keeps evicting while a peer reads: thousands of evictions, no wrong byte."""
+    """A holder whose pool is a tenth of its working set keeps evicting while a peer reads: thousands of evictions, no
+    wrong byte.
+    """
     keys = [make_key(f"churn-{number}") for number in range(320)]
     with (
         running_engine(make_config(controller, "churn-holder"), slots=32) as holder,
@@ -108,7 +110,9 @@ def test_no_wrong_byte_while_the_holder_evicts(controller: Controller) -> None:
 
 
 def test_killed_peer_node_is_a_miss_and_heals(pair: tuple[StandInEngine, StandInEngine]) -> None:
-    """kill -9 of the holder's node: the next fetch is a quick miss; the engine starts a new node, which publishes the pool again."""
+    """Kill -9 of the holder's node: the next fetch is a quick miss; the engine starts a new node, which publishes the
+    pool again.
+    """
     left, right = pair
     left.put(KEYS)
     assert right.wait_visible(KEYS)
@@ -122,7 +126,7 @@ def test_killed_peer_node_is_a_miss_and_heals(pair: tuple[StandInEngine, StandIn
 
 
 def test_killed_own_node_fails_its_jobs_and_heals(pair: tuple[StandInEngine, StandInEngine]) -> None:
-    """kill -9 of the own node while fetches run: each job ends as a miss, nothing wrong stays, and sharing comes back."""
+    """Kill -9 of the own node while fetches run: its jobs end as misses, nothing wrong stays, sharing comes back."""
     left, right = pair
     left.put(KEYS)
     assert right.wait_visible(KEYS)
@@ -142,7 +146,9 @@ def test_killed_own_node_fails_its_jobs_and_heals(pair: tuple[StandInEngine, Sta
 
 
 def test_stopped_own_node_is_killed_at_the_deadline(pair: tuple[StandInEngine, StandInEngine]) -> None:
-    """A node that is stopped (SIGSTOP) holds its engine up for the deadline and a little grace, not longer; then it is replaced."""
+    """A node that is stopped (SIGSTOP) holds its engine up for the deadline and a little grace, not longer; then it is
+    replaced.
+    """
     left, right = pair
     left.put(KEYS)
     assert right.wait_visible(KEYS)
@@ -156,7 +162,9 @@ def test_stopped_own_node_is_killed_at_the_deadline(pair: tuple[StandInEngine, S
 
 
 def test_stopped_peer_stalls_and_late_bytes_go_nowhere(pair: tuple[StandInEngine, StandInEngine]) -> None:
-    """A stopped peer costs the stall time; when it goes on, what it still sends does not reach slots that were given back."""
+    """A stopped peer costs the stall time; when it goes on, what it still sends does not reach slots that were given
+    back.
+    """
     left, right = pair
     left.put(KEYS)
     assert right.wait_visible(KEYS)
@@ -175,29 +183,29 @@ def test_stopped_peer_stalls_and_late_bytes_go_nowhere(pair: tuple[StandInEngine
 
 
 def test_controller_death_stops_nothing(tmp_path: Path) -> None:
-    """With the controller dead, known chunks are still fetched; its successor learns everything again from the nodes."""
-    with running_controller(tmp_path) as controller:
-        with (
-            running_engine(make_config(controller, "left", heartbeat_interval_s=0.3)) as left,
-            running_engine(make_config(controller, "right", heartbeat_interval_s=0.3)) as right,
-        ):
-            left.put(KEYS)
-            assert right.wait_visible(KEYS)
-            controller.kill_group()
-            assert right.get(KEYS[:16]).fetched == 16
-            new = [make_key(f"new-{number}") for number in range(8)]
-            left.put(new)
-            controller.start()
-            wait_healthy(controller, timeout_s=60)
-            assert right.wait_visible(new, timeout_s=20)
-            got = right.get(KEYS + new)
-            assert (got.local, got.fetched, got.wrong) == (16, 24, 0)
-            listed = {one["instance_id"] for one in controller.instances()}
-            assert listed == {"left", "right"}
+    """With the controller dead, known chunks are still fetched; its successor learns everything again."""
+    with (
+        running_controller(tmp_path) as controller,
+        running_engine(make_config(controller, "left", heartbeat_interval_s=0.3)) as left,
+        running_engine(make_config(controller, "right", heartbeat_interval_s=0.3)) as right,
+    ):
+        left.put(KEYS)
+        assert right.wait_visible(KEYS)
+        controller.kill_group()
+        assert right.get(KEYS[:16]).fetched == 16
+        new = [make_key(f"new-{number}") for number in range(8)]
+        left.put(new)
+        controller.start()
+        wait_healthy(controller, timeout_s=60)
+        assert right.wait_visible(new, timeout_s=20)
+        got = right.get(KEYS + new)
+        assert (got.local, got.fetched, got.wrong) == (16, 24, 0)
+        listed = {one["instance_id"] for one in controller.instances()}
+        assert listed == {"left", "right"}
 
 
 def test_dead_engine_takes_its_node_along(controller: Controller, tmp_path: Path) -> None:
-    """kill -9 of an engine: its node ends by itself, leaves the directory, and its port is free for the next life."""
+    """Kill -9 of an engine: its node ends by itself, leaves the directory, and its port is free for the next life."""
     code = (
         "import sys, time\n"
         "from kvmesh.bench.stand_in import StandInEngine, make_key\n"
@@ -210,7 +218,9 @@ def test_dead_engine_takes_its_node_along(controller: Controller, tmp_path: Path
     )
     with running_engine(make_config(controller, "survivor")) as survivor:
         config = make_config(controller, "doomed")
-        engine = subprocess.Popen([sys.executable, "-c", code, config.to_wire().hex()], stdout=subprocess.PIPE, text=True)
+        engine = subprocess.Popen(
+            [sys.executable, "-c", code, config.to_wire().hex()], stdout=subprocess.PIPE, text=True
+        )
         assert engine.stdout is not None
         node = psutil.Process(int(engine.stdout.readline()))
         assert survivor.wait_visible([make_key("doomed")])

@@ -16,7 +16,9 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.transfer.pool import HostPool, PoolSegment
 
 CHUNK_TOKENS = 256
-WORDS = [f"{first}{second}" for first in ("ka", "lo", "mi", "nu", "pe", "ra", "si", "to") for second in "bdfgklmnprstvz"]
+WORDS = [
+    f"{first}{second}" for first in ("ka", "lo", "mi", "nu", "pe", "ra", "si", "to") for second in "bdfgklmnprstvz"
+]
 
 
 class Pair(NamedTuple):
@@ -89,7 +91,9 @@ def pulled(instance: Instance) -> tuple[int, int]:
 def cold_then_pulled(
     pair: Pair, prompt: Sequence[int] | str, *, max_tokens: int = 32, **body: object
 ) -> tuple[Completion, Completion, int]:
-    """The same request to the first and then to the second instance; also how many chunks the second has pulled for it."""
+    """The same request to the first and then to the second instance; also how many chunks the second has pulled for
+    it.
+    """
     known = int(metric(pair.second.admin_url, "kvmesh_node_replica_chunks"))
     cold = complete(pair.first.url, prompt, max_tokens=max_tokens, **body)
     pair.second.wait_visible(known + cold.prompt_tokens // CHUNK_TOKENS)
@@ -111,7 +115,7 @@ class PoolView:
     """A node's pool and ledger, opened from outside through /proc: what the slots really contain."""
 
     def __init__(self, node: psutil.Process) -> None:
-        links = {name: os.readlink(f"/proc/{node.pid}/fd/{name}") for name in os.listdir(f"/proc/{node.pid}/fd")}
+        links = {fd.name: str(fd.readlink()) for fd in Path(f"/proc/{node.pid}/fd").iterdir()}
         ledger = next(name for name, target in links.items() if "kvmesh-ledger" in target)
         pool = next(name for name, target in links.items() if "vllm_offload" in target)
         self.ledger = SlotLedger.attach(os.open(f"/proc/{node.pid}/fd/{ledger}", os.O_RDWR))

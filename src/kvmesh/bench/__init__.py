@@ -1,0 +1,1 @@
+"""Measuring: benchmarks, the demo, and the clusters they run on."""

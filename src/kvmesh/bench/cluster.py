@@ -1,6 +1,7 @@
 """A small kvmesh cluster on this machine: a controller and vLLM CPU servers, as real processes on free loopback ports.
 
-Used by `kvmesh demo`, the end-to-end tests and the benchmarks. Every process is started in its own session, writes its own log file
+Used by `kvmesh demo`, the end-to-end tests and the benchmarks. Every process is started in its own session, writes its
+own log file
 and is ended by its own process id.
 """
 
@@ -79,7 +80,7 @@ class Process:
         os.kill(self.pid, number)
 
     def kill_group(self) -> None:
-        """kill -9 of the process and of everything it started."""
+        """Kill -9 of the process and of everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         if self.popen is not None:
@@ -191,7 +192,9 @@ class Instance(Process):
         while (value := metric(self.admin_url, name)) < at_least:
             if time.monotonic() > until_s:
                 raise StartupError(
-                    self.name, expected=f"{name} of at least {at_least:g} within {timeout_s:g} s", found=f"{value:g}\n{tail(self.log())}"
+                    self.name,
+                    expected=f"{name} of at least {at_least:g} within {timeout_s:g} s",
+                    found=f"{value:g}\n{tail(self.log())}",
                 )
             time.sleep(0.02)
 
@@ -219,7 +222,9 @@ def instance_config(number: int, controller: Controller, **changed: object) -> d
     }
 
 
-def wait_healthy(*processes: Controller | Instance, say: Say = lambda _: None, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+def wait_healthy(
+    *processes: Controller | Instance, say: Say = lambda _: None, timeout_s: float = BOOT_TIMEOUT_S
+) -> None:
     """Wait until all answer their health checks. Raises StartupError with the end of the log of one that does not."""
     started_s = time.monotonic()
     waiting = list(processes)
@@ -252,7 +257,9 @@ class Completion:
     prompt_tokens: int
 
 
-def complete(url: str, prompt: str | Sequence[int], *, max_tokens: int = 10, timeout_s: float = 900.0, **body: object) -> Completion:
+def complete(
+    url: str, prompt: str | Sequence[int], *, max_tokens: int = 10, timeout_s: float = 900.0, **body: object
+) -> Completion:
     """Ask `/v1/completions`, greedy and streamed; `prompt` is text or token ids."""
     request = {
         "model": "model",

@@ -1,6 +1,7 @@
 """`kvmesh demo`: the first seed's scenario on this machine, on real vLLM servers on the CPU.
 
-A controller and two instances; the prompt goes to instance 1, then to instance 2, which pulls the KV from instance 1. Measured
+A controller and two instances; the prompt goes to instance 1, then to instance 2, which pulls the KV from instance 1.
+Measured
 are the times to the first token: cold, pulled from the peer, and from the own host pool.
 """
 
@@ -46,7 +47,9 @@ class DemoResult:
 
 
 def run_demo(*, once: bool, as_json: bool, model: Path | None, channel: str, logs: Path | None) -> int:
-    """Run the demo; returns the exit status: 0, or 1 when nothing was pulled, the texts differ or something did not start."""
+    """Run the demo; returns the exit status: 0, or 1 when nothing was pulled, the texts differ or something did not
+    start.
+    """
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end everything in good order
     try:
@@ -71,7 +74,9 @@ def run_demo(*, once: bool, as_json: bool, model: Path | None, channel: str, log
         return 0
 
 
-def _measure(stack: contextlib.ExitStack, folder: Path, model: Path | None, channel: str, console: Console) -> DemoResult:
+def _measure(
+    stack: contextlib.ExitStack, folder: Path, model: Path | None, channel: str, console: Console
+) -> DemoResult:
     """Start the cluster (it is stopped when `stack` is left) and send the requests."""
     status = stack.enter_context(console.status("preparing the model"))
 
@@ -153,8 +158,10 @@ def _table(result: DemoResult) -> Table:
         (
             "instance 2, same prompt",
             result.peer_ttft_s,
-            f"instance 1: {result.pulled_tokens} tokens, {result.pulled_bytes / 1e6:.1f} MB "
-            f"in {result.pull_seconds * 1e3:.1f} ms, {result.pull_gb_per_s:.2f} GB/s ({result.channel})",
+            (
+                f"instance 1: {result.pulled_tokens} tokens, {result.pulled_bytes / 1e6:.1f} MB "
+                f"in {result.pull_seconds * 1e3:.1f} ms, {result.pull_gb_per_s:.2f} GB/s ({result.channel})"
+            ),
         ),
         ("instance 2, again", result.local_ttft_s, "its own host pool"),
     )

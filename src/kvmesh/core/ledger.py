@@ -1,7 +1,9 @@
 """The slot ledger: what each slot of a host pool holds right now, in memory shared by an engine and its node.
 
-Publishing is a one-way valve instead of a lock. The engine bumps a slot's generation *before* the slot may be reused; a node
-that sends a slot looks at the generation before and after, and says STALE when it moved. Readers never pin, owners never wait.
+Publishing is a one-way valve instead of a lock. The engine bumps a slot's generation *before* the slot may be reused;
+a node
+that sends a slot looks at the generation before and after, and says STALE when it moved. Readers never pin, owners
+never wait.
 
 Layout (little endian, 64-bit words): a header of one 64-byte line, then one record of 96 bytes per slot.
 
@@ -14,7 +16,8 @@ Layout (little endian, 64-bit words): a header of one 64-byte line, then one rec
 
 Each word has one writing process and is written in one store, so no lock is needed. The order of the stores carries the
 meaning: retract = generation becomes even; publish = key first, then generation becomes odd; checksum first, then its
-generation. x86-64 keeps the order of stores and of loads; on weaker machines the system calls around every use (a send on
+generation. x86-64 keeps the order of stores and of loads; on weaker machines the system calls around every use (a send
+on
 one side, a message on the other) are full barriers.
 """
 
@@ -44,6 +47,8 @@ class Record(NamedTuple):
 
 
 class LedgerStatistics(NamedTuple):
+    """How many slots are in which state."""
+
     slots: int
     published: int
     checksummed: int
@@ -52,7 +57,8 @@ class LedgerStatistics(NamedTuple):
 class SlotLedger:
     """The ledger of one pool. One owner process publishes and retracts; any process that mapped it reads.
 
-    Thread-safe for readers. `publish`, `retract` and `retract_all` belong to one thread of the owner (the scheduler thread);
+    Thread-safe for readers. `publish`, `retract` and `retract_all` belong to one thread of the owner (the scheduler
+    thread);
     `set_checksum` to one thread of the node.
     """
 
@@ -110,7 +116,9 @@ class SlotLedger:
         return generation + 1
 
     def retract(self, slot: int) -> int:
-        """Make `slot` unreadable, before its bytes may change; return the generation (even). Retracting twice is harmless."""
+        """Make `slot` unreadable, before its bytes may change; return the generation (even). Retracting twice is
+        harmless.
+        """
         base = self._base(slot)
         generation: int = self._words[base + _GENERATION]
         if generation & 1:
@@ -151,7 +159,9 @@ class SlotLedger:
         return Record(ChunkKey(key), generation)
 
     def checksum(self, slot: int, generation: int) -> bytes | None:
-        """The xxh3-128 digest of what the slot holds at `generation`, or None when it was not computed or is of another one."""
+        """The xxh3-128 digest of what the slot holds at `generation`, or None when it was not computed or is of
+        another one.
+        """
         base = self._base(slot)
         if self._words[base + _CHECKSUM_GENERATION] != generation:
             return None
@@ -162,7 +172,9 @@ class SlotLedger:
     # -- node ----------------------------------------------------------------------------------------------------------
 
     def set_checksum(self, slot: int, generation: int, digest: bytes) -> None:
-        """Record the digest of the slot's bytes as they were at `generation`. The caller re-checks the generation first."""
+        """Record the digest of the slot's bytes as they were at `generation`. The caller re-checks the generation
+        first.
+        """
         if len(digest) != CHECKSUM_BYTES:
             raise ValueError(f"checksum of {len(digest)} bytes; {CHECKSUM_BYTES} expected")
         base = self._base(slot)
@@ -185,8 +197,11 @@ class SlotLedger:
         return LedgerStatistics(self.slots, published, checksummed)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when a record breaks the layout's rules. Called by tests and debug mode, with no writer active."""
-        assert self._words[0] == _MAGIC and self._words[1] == self.slots
+        """Raise AssertionError when a record breaks the layout's rules. Called by tests and debug mode, with no writer
+        active.
+        """
+        assert self._words[0] == _MAGIC
+        assert self._words[1] == self.slots
         keys: dict[bytes, int] = {}
         for slot in range(self.slots):
             base = self._base(slot)

@@ -1,19 +1,23 @@
 """The directory replica: which instances hold which chunks, as far as this process has heard.
 
-Pure state: no clock, no I/O. A node feeds it what the directory sends; the controller keeps one per format as its registry of
-inventories. A replica is a hint. It may name a holder that no longer has the chunk (the fetch then misses), and it may not
+Pure state: no clock, no I/O. A node feeds it what the directory sends; the controller keeps one per format as its
+registry of
+inventories. A replica is a hint. It may name a holder that no longer has the chunk (the fetch then misses), and it may
+not
 know a holder yet (the chunk is then computed); neither can cause wrong bytes.
 
-Consistency rests on two numbers. An *incarnation* names one life of an instance: entries of an older life vanish at once. A
-*sequence number* orders a publisher's changes: whatever does not continue the sequence is a gap, the publisher's changes are
-then ignored, and a snapshot (its whole inventory) puts things right.
+Consistency rests on two numbers. An *incarnation* names one life of an instance: entries of an older life vanish at
+once. A
+*sequence number* orders a publisher's changes: whatever does not continue the sequence is a gap, the publisher's
+changes are then ignored, and a snapshot (its whole inventory) puts things right.
 
 Not thread-safe: one thread owns it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from kvmesh.core.keys import ChunkKey
@@ -31,6 +35,8 @@ class Applied(NamedTuple):
 
 
 class ReplicaStatistics(NamedTuple):
+    """Sizes, for metrics."""
+
     members: int
     waiting: int
     """Members whose inventory is unknown until a snapshot has come."""
@@ -104,7 +110,9 @@ class Replica:
     def apply_changes(
         self, instance_id: str, incarnation: str, sequence: int, added: Iterable[bytes], removed: Iterable[bytes]
     ) -> Applied:
-        """Apply one batch: removals, then additions. Old batches and strangers' are ignored; a hole in the numbers is a gap."""
+        """Apply one batch: removals, then additions. Old batches and strangers' are ignored; a hole in the numbers is
+        a gap.
+        """
         member = self._members.get(instance_id)
         if member is None or member.incarnation != incarnation:
             return NOTHING
@@ -128,7 +136,8 @@ class Replica:
     def apply_snapshot(
         self, instance_id: str, incarnation: str, sequence: int, keys: Iterable[bytes], first: bool, last: bool
     ) -> Applied:
-        """Apply one part of an inventory; nothing is visible before the last part. A middle part without its first is a gap.
+        """Apply one part of an inventory; nothing is visible before the last part. A middle part without its first is
+        a gap.
 
         A snapshot older than what is known is ignored: changes that came after it are not taken back.
         """
@@ -169,7 +178,7 @@ class Replica:
     def __len__(self) -> int:
         return len(self._masks)
 
-    def keys(self) -> Set[ChunkKey]:
+    def keys(self) -> AbstractSet[ChunkKey]:
         """Every key that has a holder."""
         return self._masks.keys()
 
@@ -190,7 +199,7 @@ class Replica:
                 return index
         return len(keys)
 
-    def keys_of(self, instance_id: str) -> Set[ChunkKey]:
+    def keys_of(self, instance_id: str) -> AbstractSet[ChunkKey]:
         """The inventory of one instance; empty for strangers."""
         member = self._members.get(instance_id)
         return frozenset() if member is None else member.keys

@@ -9,7 +9,9 @@ from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, 
 
 
 class DirectoryListener(Protocol):
-    """The node's side: how it hears of others and what it tells. All methods run on the node's event loop and return at once."""
+    """The node's side: how it hears of others and what it tells. All methods run on the node's event loop and return
+    at once.
+    """
 
     def on_connection(self, connected: bool) -> None:
         """The directory answers, or no longer does. What is known of others stays valid as a hint."""

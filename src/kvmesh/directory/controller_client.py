@@ -1,7 +1,9 @@
 """A node's connection to the controller, as specified in `kvmesh.wire.directory`.
 
-One DEALER for requests and the fan-out, one PUSH for our own events, and (when configured) a DEALER for heartbeats. ZMQ reconnects
-below us; we only have to notice silence (no acknowledged heartbeat) and strangers (a restarted controller does not know us).
+One DEALER for requests and the fan-out, one PUSH for our own events, and (when configured) a DEALER for heartbeats.
+ZMQ reconnects
+below us; we only have to notice silence (no acknowledged heartbeat) and strangers (a restarted controller does not
+know us).
 """
 
 from __future__ import annotations
@@ -282,7 +284,9 @@ class ControllerClient:
             self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
 
     def _send(self, socket: zmq.asyncio.Socket, message: wire.Message) -> None:
-        """Hand one frame to ZMQ without waiting. A full queue or no connection drops it: the gap it leaves is repaired."""
+        """Hand one frame to ZMQ without waiting. A full queue or no connection drops it: the gap it leaves is
+        repaired.
+        """
         sent = socket.send(wire.encode(message), zmq.NOBLOCK)
         assert isinstance(sent, asyncio.Future)  # pyzmq decides a NOBLOCK send at once
         if sent.done() and isinstance(sent.exception(), zmq.Again):

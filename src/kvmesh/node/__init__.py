@@ -1,0 +1,1 @@
+"""The node process and the engine's handle on it."""

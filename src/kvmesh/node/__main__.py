@@ -14,6 +14,7 @@ from kvmesh.node.engine_link import EngineLink
 
 
 def main() -> int:
+    """Serve the engine at the other end of the link; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--link-fd", type=int, required=True, help="connected unix socket to the engine")
     parser.add_argument("--log-level", default="INFO")

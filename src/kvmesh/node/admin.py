@@ -41,7 +41,9 @@ class NodeCollector(Collector):
             ("kvmesh_node_protocol_errors", "Connections closed for malformed input.", served.protocol_errors),
         ):
             yield CounterMetricFamily(name, text, value=value)
-        misses = CounterMetricFamily("kvmesh_node_missed_chunks", "Chunks asked for that did not come.", labels=["reason"])
+        misses = CounterMetricFamily(
+            "kvmesh_node_missed_chunks", "Chunks asked for that did not come.", labels=["reason"]
+        )
         for reason, count in now.misses.items():
             misses.add_metric([reason], count)
         yield misses

@@ -35,7 +35,7 @@ class EngineLink(NodeListener):
         self._jobs: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> int:
-        """Run a node for the engine; returns the process's exit status. Ends when the engine closes the link or dies."""
+        """Run a node for the engine; returns the process's exit status. Ends with the link or the engine."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
         try:
             start = link.to_node_decoder.decode(await read_frame(reader, link.MAX_FRAME_BYTES) or b"")
@@ -130,7 +130,9 @@ class EngineLink(NodeListener):
         node.fetcher.resume()
 
     async def _watch_parent(self, engine_pid: int) -> None:
-        """The link's end tells of most deaths; this catches an engine whose end of the socket lives on in a child of its own."""
+        """The link's end tells of most deaths; this catches an engine whose end of the socket lives on in a child of
+        its own.
+        """
         while os.getppid() == engine_pid:
             await asyncio.sleep(PARENT_POLL_S)
 

@@ -1,6 +1,7 @@
 """Fetch jobs: plan whom to ask, run the transports in threads, report one outcome per chunk.
 
-A job ends exactly once, when nothing can write into its slots any more: every transport that was given one of them has returned. The job's deadline
+A job ends exactly once, when nothing can write into its slots any more: every transport that was given one of them has
+returned. The job's deadline
 bounds all of it. When a holder fails, what it still owed is planned again with the others, as long as time is left.
 """
 
@@ -135,7 +136,8 @@ class Fetcher:
             loop = asyncio.get_running_loop()
             outcomes = await loop.run_in_executor(self._threads, peer.transport.fetch, run.items, deadline)
         except Exception:
-            # A transport that raises has broken its promise, so its slots may still be written into. Ending the process is the
+            # A transport that raises has broken its promise, so its slots may still be written into. Ending the
+            # process is the
             # one way left to be sure; the engine starts a new node.
             log.exception("transport broke its contract peer=%s transport=%s", run.holder, peer.transport.name)
             self._abort()
@@ -161,6 +163,7 @@ class Fetcher:
 
 
 def make_items(keys: Sequence[bytes], slots: Sequence[int]) -> list[FetchItem]:
+    """Pair keys with the slots they are to be fetched into."""
     return [FetchItem(ChunkKey(key), slot) for key, slot in zip(keys, slots, strict=True)]
 
 

@@ -1,10 +1,13 @@
 """The engine's end of the link: starts the node, watches it, restarts it, and answers lookups from memory.
 
-Threads: one reads the link and looks after the process, one writes. What the scheduler thread calls (`is_visible`, `publish`,
+Threads: one reads the link and looks after the process, one writes. What the scheduler thread calls (`is_visible`,
+`publish`,
 `retract`, `fetch`, `take_finished`) neither waits nor does I/O: it reads a set or appends to a queue.
 
-A node that dies is absent until it is back: nothing is visible, and jobs that were out fail with NODE_DOWN *after* the process is
-known to be dead, because only then nothing writes into their slots any more. A node that does not finish a job in time is killed.
+A node that dies is absent until it is back: nothing is visible, and jobs that were out fail with NODE_DOWN *after* the
+process is
+known to be dead, because only then nothing writes into their slots any more. A node that does not finish a job in time
+is killed.
 """
 
 from __future__ import annotations
@@ -186,7 +189,9 @@ class NodeHandle:
         return bool(self._jobs or self._finished)
 
     def drain(self) -> None:
-        """Block until no job is out. For the rare moments when the engine throws its pool away; bounded by the job deadlines."""
+        """Block until no job is out. For the rare moments when the engine throws its pool away; bounded by the job
+        deadlines.
+        """
         with self._lock:
             if self._jobs:
                 self._outgoing.put((self._life, link.GiveUp()))
@@ -388,7 +393,9 @@ class NodeHandle:
         message = link.to_engine_decoder.decode(_receive(connection, length))
         connection.settimeout(None)
         if not isinstance(message, link.Ready | link.Failed):
-            raise ValueError(f"first message is {type(message).__name__}")
+            raise ValueError(  # noqa: TRY004  (what came is wrong, not what we were called with)
+                f"first message is {type(message).__name__}"
+            )
         return message
 
     def _kill(self, *, gentle: bool) -> None:

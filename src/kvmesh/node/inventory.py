@@ -1,6 +1,7 @@
 """What this node's engine has published: from key to slot, and the way of a slot from "bytes complete" to "announced".
 
-A chunk is announced only after its checksum is in the ledger and its generation was re-checked after hashing. Hashing runs in
+A chunk is announced only after its checksum is in the ledger and its generation was re-checked after hashing. Hashing
+runs in
 one worker thread; everything else here runs on the node's event loop, except `locate`, which any thread may call.
 """
 
@@ -50,7 +51,7 @@ class Inventory:
     # -- from the engine -----------------------------------------------------------------------------------------------
 
     def published(self, slots: Iterable[int], *, fetched: bool = False) -> None:
-        """The engine says that the slots' bytes are complete. Announces at once what needs no hashing, the rest later."""
+        """The slots' bytes are complete, says the engine. Announces at once what needs no hashing, the rest later."""
         unhashed: list[tuple[int, ChunkKey, int]] = []
         for slot in slots:
             record = self._ledger.read(slot)
@@ -70,7 +71,7 @@ class Inventory:
         self._notify()
 
     def republish(self) -> None:
-        """Announce what the ledger holds already: after a restart of the node. Valid checksums are not computed again."""
+        """Announce what the ledger holds already: after a restart of the node. Valid checksums are kept."""
         self.published(range(self._ledger.slots))
 
     def retracted(self, slots: Iterable[int]) -> None:
@@ -83,7 +84,9 @@ class Inventory:
         self._notify()
 
     def filled(self, slot: int, key: ChunkKey, digest: bytes) -> None:
-        """A fetch has put `key` into a slot of ours; remember the verified checksum until the engine publishes the slot."""
+        """A fetch has put `key` into a slot of ours; remember the verified checksum until the engine publishes the
+        slot.
+        """
         self._fetched[slot] = (key, digest)
 
     # -- for the peer server and the directory -------------------------------------------------------------------------

@@ -50,7 +50,9 @@ class Peers:
         self._peers: dict[str, Peer] = {}
 
     def add(self, member: Member) -> bool:
-        """Take a member in when its format is ours; otherwise say which fields differ. Returns whether it is a peer now."""
+        """Take a member in when its format is ours; otherwise say which fields differ. Returns whether it is a peer
+        now.
+        """
         known = self._peers.get(member.instance_id)
         if known is not None and known.member.incarnation == member.incarnation:
             return True
@@ -98,7 +100,7 @@ class Peers:
         return 0 if peer is None else peer.bytes_under_way
 
     def _warm_up(self, peer: Peer) -> None:
-        """Connect in the background, so that the first fetch does not have to. A failure shows again when it matters."""
+        """Connect in the background, so that the first fetch does not have to. A failure shows again in time."""
         transport = peer.transport
         self._background.submit(lambda: transport.warm_up(Deadline(time.monotonic() + WARM_UP_S, WARM_UP_S)))
 

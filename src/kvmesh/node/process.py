@@ -1,6 +1,7 @@
 """The node: the one process of an instance that talks to the network.
 
-Composition only; each part has its own file. Everything here runs on the node's asyncio loop; transfers run in threads (peer server,
+Composition only; each part has its own file. Everything here runs on the node's asyncio loop; transfers run in threads
+(peer server,
 fetcher) and hashing in one more.
 
     engine link ---> inventory ---> directory client ---> controller
@@ -43,6 +44,8 @@ log = logging.getLogger("kvmesh.node")
 
 
 class DirectoryState(NamedTuple):
+    """What a node knows of its directory."""
+
     connected: bool
     ever_connected: bool
     peers: int
@@ -124,7 +127,8 @@ class Node:
         self.server.start()
         self.inventory.republish()
         if self.config.directory == "controller":
-            assert self.config.controller_pull_url and self.config.controller_reply_url
+            assert self.config.controller_pull_url is not None
+            assert self.config.controller_reply_url is not None
             self._directory = ControllerClient(
                 pull_url=self.config.controller_pull_url,
                 reply_url=self.config.controller_reply_url,

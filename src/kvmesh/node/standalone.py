@@ -17,7 +17,8 @@ log = logging.getLogger("kvmesh.node")
 
 
 def run_standalone(config: KVMeshConfig, *, slots: int, chunk_bytes: int, fill: int = 0) -> None:
-    """Serve until SIGINT or SIGTERM. The first `fill` slots (at most all) hold chunks whose bytes follow from their keys.
+    """Serve until SIGINT or SIGTERM. The first `fill` slots (at most all) hold chunks whose bytes follow from their
+    keys.
 
     Raises StartupError when a port is taken.
     """

@@ -1,6 +1,7 @@
 """`KVMeshConnector`: vLLM's OffloadingConnector, configured by our YAML.
 
-All the connector does is to fill in vLLM's own offloading configuration: our spec, our tier, our policy, and the size of
+All the connector does is to fill in vLLM's own offloading configuration: our spec, our tier, our policy, and the size
+of
 the pool. `--kv-transfer-config '{"kv_connector":"KVMeshConnector","kv_role":"kv_both"}'` is all a user writes.
 """
 
@@ -26,11 +27,13 @@ from kvmesh.vllm.policy import POLICIES
 logger = init_logger("vllm.kvmesh.connector")
 
 FACTS_KEY = "kvmesh_model_facts"
-"""Where the connector leaves, in vLLM's extra configuration, what only it can see of the model (`fingerprint.ModelFacts`)."""
+"""Where the connector leaves, in vLLM's extra configuration, what only it can see of the model
+(`fingerprint.ModelFacts`).
+"""
 _SPEC_NAME = "KVMeshSpec"
 
 
-class KVMeshConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not typed
+class KVMeshConnector(OffloadingConnector):
     """Best-effort KV cache sharing between engines. Made once in the engine's scheduler and once in every worker."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -70,7 +73,7 @@ class KVMeshConnector(OffloadingConnector):  # type: ignore[misc]  # vLLM is not
 
 
 def configure(vllm_config: VllmConfig) -> KVMeshConfig:
-    """Fill vLLM's offloading configuration from ours; returns ours. Raises ConfigError. Filling twice changes nothing."""
+    """Fill vLLM's offloading configuration from ours; returns ours. Raises ConfigError. Idempotent."""
     extra = _extra(vllm_config)
     parallel = vllm_config.parallel_config
     config = _resolve(extra, parallel.data_parallel_size, parallel.data_parallel_index)

@@ -1,7 +1,8 @@
 """The format of this engine's KV, read off vLLM's configuration and the model's files.
 
-The digest of the weights makes two names for one model equal and one name for two models different. It reads the model's
-configuration, every safetensors header and a few kilobytes sampled over each file: tens of milliseconds, at start-up only.
+The digest of the weights makes two names for one model equal and one name for two models different. It reads the
+model's configuration, every safetensors header and some kilobytes sampled over each file: tens of milliseconds, at
+start-up only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
 class ModelFacts(TypedDict):
-    """What the format needs and only `VllmConfig` knows; plain values, since it travels in vLLM's extra configuration."""
+    """What the format needs and only `VllmConfig` knows. Plain values: it travels in vLLM's extra configuration."""
 
     model_name: str
     model_weights: str
@@ -79,7 +80,7 @@ def make_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int
 
 
 def _instruction_set() -> str:
-    """vLLM's CPU attention packs KV blocks by what the processor can do; elsewhere the layout does not depend on it."""
+    """The CPU attention packs KV blocks by what the processor can do; elsewhere the layout does not depend on it."""
     if not current_platform.is_cpu():
         return ""
     amx = torch.cpu.get_capabilities().get("amx_tile", False)
@@ -94,7 +95,8 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
     folder = _model_folder(str(model.model), model.revision)
     if folder is None:
         logger.warning(
-            "the files of model %s are not on this host, so its weights cannot be compared with other instances'; name and revision %s are",
+            "the files of model %s are not on this host, so its weights cannot be compared with other instances'; "
+            "name and revision %s are",
             model.model,
             model.revision,
         )
@@ -111,10 +113,10 @@ def _model_folder(model: str, revision: str | None) -> Path | None:
     if local.is_dir():
         return local
     try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415  (comes with vLLM, not with kvmesh)
+        from huggingface_hub import snapshot_download  # comes with vLLM, not with kvmesh
 
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception as error:  # noqa: BLE001  (whatever the hub client raises: the files are not here)
+    except Exception as error:  # whatever the hub client raises: the files are not here
         logger.debug("no local snapshot of %s: %r", model, error)
         return None
 

@@ -1,7 +1,7 @@
 """The CPU platform's worker: copies KV blocks between vLLM's cache tensors and the host pool. Runs in a worker process.
 
-A chunk's row holds, for each cache tensor in turn, the pages of the chunk's blocks. Whole pages are copied (their bytes depend on the instruction
-set, so nothing looks inside), as 64-bit words, which is 1.5 to 3 times faster than bytes.
+A chunk's row holds, for each cache tensor in turn, the pages of the chunk's blocks. Whole pages are copied (their bytes
+depend on the instruction set, so nothing looks inside), as 64-bit words, which is 1.5 to 3 times faster than bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Piece(NamedTuple):
     blocks: torch.Tensor
 
 
-class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is not typed
+class HostCopyWorker(OffloadingWorker):
     """Synchronous copies: a job is finished when `submit_*` returns."""
 
     def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion) -> None:
@@ -65,9 +65,13 @@ class HostCopyWorker(OffloadingWorker):  # type: ignore[misc]  # vLLM is not typ
         return True
 
     def submit_load(
-        self, job_id: int, src_spec: CPULoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+        self,
+        job_id: int,
+        src_spec: CPULoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,  # noqa: ARG002 - vLLM 0.33 passes it
     ) -> bool:
-        """Copy slots into device blocks. `expedited` (vLLM 0.33) changes nothing: copies are synchronous."""
+        """Copy slots into device blocks. `expedited` changes nothing: copies are synchronous."""
         started_s = time.perf_counter()
         copied_bytes = 0
         for tensor, piece in self._pieces(dst_spec, src_spec.chunk_ids):

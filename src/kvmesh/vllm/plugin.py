@@ -1,4 +1,4 @@
-"""Registration with vLLM, by the entry point group `vllm.general_plugins`. Runs in the API server, the engine and every worker."""
+"""Registration with vLLM, by its entry point group for plugins. Runs in the API server, the engine and every worker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ CONNECTOR_NAME = "KVMeshConnector"
 
 
 def register() -> None:
-    """Make `--kv-transfer-config '{"kv_connector": "KVMeshConnector", ...}'` work. Idempotent; imports nothing heavy of ours."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415  (only inside vLLM)
+    """Make `--kv-transfer-config '{"kv_connector": "KVMeshConnector", ...}'` work.
 
-    if CONNECTOR_NAME not in KVConnectorFactory._registry:
+    Idempotent, since vLLM may run plugins twice in a process. Imports nothing heavy of ours.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR_NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - registering twice is an error there
         KVConnectorFactory.register_connector(CONNECTOR_NAME, "kvmesh.vllm.connector", CONNECTOR_NAME)

@@ -28,16 +28,16 @@ class _Publishing(CachePolicy):
 
     def insert(self, key: OffloadKey, chunk: ChunkStatus, *context: Any) -> None:
         # vLLM 0.33 passes a request context too.
-        super().insert(key, chunk, *context)  # type: ignore[safe-super]
+        super().insert(key, chunk, *context)
 
     def remove(self, key: OffloadKey) -> None:
         chunk = self.get(key)
         if chunk is not None:
             self._retract((chunk.chunk_id,))
-        super().remove(key)  # type: ignore[safe-super]
+        super().remove(key)
 
     def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        evicted: list[tuple[OffloadKey, ChunkStatus]] | None = super().evict(n, protected)  # type: ignore[safe-super]
+        evicted: list[tuple[OffloadKey, ChunkStatus]] | None = super().evict(n, protected)
         if evicted:
             self._retract(chunk.chunk_id for _, chunk in evicted)
         return evicted
@@ -45,7 +45,7 @@ class _Publishing(CachePolicy):
     def clear(self) -> None:
         if self._ledger is not None and self._on_retract is not None:
             self._on_retract(self._ledger.retract_all())
-        super().clear()  # type: ignore[safe-super]
+        super().clear()
 
     def _retract(self, slots: Iterable[int]) -> None:
         ledger, on_retract = self._ledger, self._on_retract
@@ -67,4 +67,4 @@ class KVMeshARC(_Publishing, ARCCachePolicy):
 
 
 POLICIES = {"lru": KVMeshLRU.__name__, "arc": KVMeshARC.__name__}
-"""Class name by `cache_policy`. vLLM logs it, and our configuration knows by "KVMesh" that the connector put it there."""
+"""Class name by `cache_policy`. Our configuration tells by "KVMesh" in it that the connector filled it in."""

@@ -1,7 +1,8 @@
 """Find the files behind vLLM's host pool, so that the node can map the same memory.
 
-vLLM hands its tiers a memoryview, not a file, and how the file is named, split and unlinked differs between versions. What the kernel says does
-not: `/proc/self/maps` names device and inode of every mapped range, and one of our open descriptors leads to that inode.
+vLLM hands its tiers a memoryview, not a file, and how the file is named, split and unlinked differs between versions.
+What the kernel says does not: `/proc/self/maps` names device and inode of every mapped range, and one of our open
+descriptors leads to that inode.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from kvmesh.errors import UnsupportedError
@@ -28,11 +30,11 @@ class _Range(NamedTuple):
 def find_segments(address: int, length_bytes: int) -> list[PoolSegment]:
     """Descriptors, offsets and lengths of the shared files mapped at [address, address + length_bytes), in order.
 
-    The descriptors stay owned by whoever opened them. Raises UnsupportedError when part of the range is not a shared file or the file is no
-    longer open in this process.
+    The descriptors stay owned by whoever opened them. Raises UnsupportedError when part of the range is not a shared
+    file, or the file is no longer open in this process.
     """
-    with open("/proc/self/maps") as maps:
-        ranges = [found for line in maps if (found := _parse(line)) is not None]
+    maps = Path("/proc/self/maps").read_text(errors="replace")
+    ranges = [found for line in maps.splitlines() if (found := _parse(line)) is not None]
     segments: list[PoolSegment] = []
     end = address + length_bytes
     position = address
@@ -71,13 +73,13 @@ def _covering(ranges: Iterable[_Range], start: int, end: int) -> Iterator[_Range
 
 
 def _descriptor(device: int, inode: int) -> int:
-    for name in os.listdir("/proc/self/fd"):
+    for link in Path("/proc/self/fd").iterdir():
         try:
-            found = os.stat(f"/proc/self/fd/{name}")
+            found = link.stat()
         except OSError:
             continue
         if (found.st_dev, found.st_ino) == (device, inode):
-            return int(name)
+            return int(link.name)
     raise UnsupportedError(
         "vLLM's host pool", expected="an open descriptor of its file", found=f"none for inode {inode}"
     )

@@ -1,7 +1,10 @@
-"""The pool's name in /dev/shm must not outlive its engine: a pool of 100 GB that stays behind takes the host's memory with it.
+"""The pool's name in /dev/shm must not outlive its engine: a pool of 100 GB that stays behind takes the host's memory
+with it.
 
-vLLM 0.32 gives the name up when an engine shuts down in good order, which a killed engine never does. We remove the name as
-soon as everybody has mapped the file; the memory then goes away with the last process that maps it, whatever ends it. What
+vLLM 0.32 gives the name up when an engine shuts down in good order, which a killed engine never does. We remove the
+name as
+soon as everybody has mapped the file; the memory then goes away with the last process that maps it, whatever ends it.
+What
 engines left behind that died before that point is removed at the next start. (vLLM 0.33 does the first by itself.)
 """
 
@@ -16,28 +19,30 @@ from kvmesh.vllm.compat import SharedOffloadRegion, init_logger
 
 logger = init_logger("vllm.kvmesh.pool")
 
-FOLDER = Path("/dev/shm")
+FOLDER = Path("/dev/shm")  # noqa: S108  (where vLLM puts its pools)
 PATTERN = "vllm_offload_*.mmap"
 STALE_AGE_S = 600.0
 """Younger files may belong to an engine that is starting; filling a large pool takes minutes."""
 
 
 def unlink_name(region: SharedOffloadRegion) -> None:
-    """Remove the region's name. The scheduler maps the pool after all workers, so it calls this once it has mapped it."""
+    """Remove the region's name. The scheduler maps the pool after all workers, so it calls this."""
     with contextlib.suppress(FileNotFoundError, AttributeError):
-        os.unlink(region.mmap_path)
-    region._creator = False  # nothing left for vLLM to unlink
+        Path(region.mmap_path).unlink()
+    region._creator = False  # noqa: SLF001  (nothing left for vLLM to unlink)
 
 
 def forget_name_if_gone(region: SharedOffloadRegion) -> None:
     """Before a worker's clean-up: keep vLLM from complaining that the name it made has been removed."""
     path = getattr(region, "mmap_path", None)
-    if path is not None and not os.path.exists(path):
-        region._creator = False
+    if path is not None and not Path(path).exists():
+        region._creator = False  # noqa: SLF001  (as above)
 
 
 def remove_stale_pools(folder: Path = FOLDER, *, now_s: float | None = None) -> list[Path]:
-    """Remove pools of ours (same user) that no process maps and that are not new; return them. Called while an engine starts."""
+    """Remove pools of ours (same user) that no process maps and that are not new; return them. Called while an engine
+    starts.
+    """
     now_s = time.time() if now_s is None else now_s
     candidates = []
     for path in folder.glob(PATTERN):
@@ -56,7 +61,9 @@ def remove_stale_pools(folder: Path = FOLDER, *, now_s: float | None = None) -> 
             size_gb = path.stat().st_size / 1e9
             path.unlink()
             removed.append(path)
-            logger.warning("removed the host pool %s (%.1f GB), left behind by an engine that was killed", path, size_gb)
+            logger.warning(
+                "removed the host pool %s (%.1f GB), left behind by an engine that was killed", path, size_gb
+            )
     return removed
 
 

@@ -1,7 +1,7 @@
 """`KVMeshSpec`: which manager and which worker vLLM's offloading uses.
 
-On GPUs everything is vLLM's own (`TieringOffloadingSpec`). On the CPU platform, where vLLM's worker refuses, blocks are copied by
-`HostCopyWorker`.
+On GPUs everything is vLLM's own (`TieringOffloadingSpec`). On the CPU platform, where vLLM's worker refuses, blocks are
+copied by `HostCopyWorker`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from kvmesh.vllm.pool_names import remove_stale_pools, unlink_name
 from kvmesh.vllm.tier import PeerTier
 
 
-class KVMeshSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM is not typed
+class KVMeshSpec(TieringOffloadingSpec):
     """vLLM's tiering spec with our tier attached to our policy."""
+
+    _worker: OffloadingWorker | None
 
     def get_manager(self) -> OffloadingManager:
         """Make the manager (scheduler process) and let its policy tell the tier's ledger what is evicted."""
@@ -32,7 +34,7 @@ class KVMeshSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM is not ty
         manager = super().get_manager()
         if first:
             unlink_name(self._scheduler_mmap)
-            policy = manager.primary_tier._policy
+            policy = manager.primary_tier._policy  # noqa: SLF001 - there is no other way to it
             for tier in manager.secondary_tiers:
                 if isinstance(tier, PeerTier) and isinstance(policy, _Publishing):
                     policy.attach(tier.ledger, tier.on_retract)

@@ -1,6 +1,7 @@
 """`PeerTier`: the secondary tier through which vLLM looks up, fetches and publishes chunks.
 
-All of it runs on the scheduler thread and none of it waits: a lookup reads a set, everything else appends to a queue. What happens to one
+All of it runs on the scheduler thread and none of it waits: a lookup reads a set, everything else appends to a queue.
+What happens to one
 request, in vLLM's order:
 
     lookup (per chunk)  HIT when some other instance is known to hold the chunk
@@ -56,7 +57,7 @@ class _Request:
     """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
 
 
-class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
+class PeerTier(SecondaryTierManager):
     """The other instances' pools, as a tier below this engine's own."""
 
     cache_hit_source = HIT_SOURCE
@@ -69,13 +70,17 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
         backpressure_detector: Any = None,
         **unknown: Any,
     ) -> None:
-        """Start the node over vLLM's pool. Raises StartupError (busy port, no such address, ...), which ends the engine's start."""
+        """Start the node over vLLM's pool. Raises StartupError (busy port, no such address, ...), which ends the
+        engine's start.
+        """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         if unknown:
             raise TypeError(f"PeerTier takes no options of its own; found {sorted(unknown)}")
         config = tier_config(offloading_spec)
         self._config = config
-        slots, chunk_bytes = primary_kv_view.shape
+        shape = primary_kv_view.shape
+        assert shape is not None
+        slots, chunk_bytes = shape
         kv_format = fingerprint.make_format(
             offloading_spec.extra_config[FACTS_KEY], offloading_spec.config, chunk_bytes=chunk_bytes
         )
@@ -96,7 +101,8 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
         self._metrics = TierMetrics()
         ready = self._node.start()
         logger.info(
-            "KVMesh node is up: instance %s, incarnation %s, peers connect to %s:%d; pool of %d slots x %d bytes, %d tokens per chunk, format %s",
+            "KVMesh node is up: instance %s, incarnation %s, peers connect to %s:%d; "
+            "pool of %d slots x %d bytes, %d tokens per chunk, format %s",
             ready.instance_id,
             ready.incarnation,
             ready.peer_host,
@@ -118,6 +124,8 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
     # -- SecondaryTierManager: lookups ---------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """Nothing to decide: chunks are offered one by one."""
+        del req_context
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
@@ -155,11 +163,13 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
         return False
 
     def _is_worthwhile(self, first: OffloadKey, req_context: ReqContext) -> bool:
-        """Whether the peers hold at least `min_retrieve_tokens` from `first` on. Positions are in prefix order within a group."""
+        """Whether the peers hold at least `min_retrieve_tokens` from `first` on. Positions are in prefix order within
+        a group.
+        """
         wanted = self._config.min_retrieve_tokens
         if wanted <= self._chunk_tokens:
             return True
-        keys = list(req_context._offload_key_positions)
+        keys = list(req_context._offload_key_positions)  # noqa: SLF001  (vLLM keeps the order there only)
         run = 0
         for key in keys[keys.index(first) :] if first in keys else ():
             if not self._node.is_visible(key):
@@ -251,7 +261,8 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
     def _log(self, job: TransferJob, finished: FinishedJob, fetched: int) -> None:
         reasons = {reason.value: finished.reasons.count(reason) for reason in finished.reasons if reason is not None}
         logger.info(
-            "Retrieved %d out of %d requested tokens from peers. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; request %s, holders %s%s",
+            "Retrieved %d out of %d requested tokens from peers. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; "
+            "request %s, holders %s%s",
             fetched * self._chunk_tokens,
             len(finished.reasons) * self._chunk_tokens,
             finished.fetched_bytes / 1e9,
@@ -266,6 +277,8 @@ class PeerTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM is not typed
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        """What vLLM needs to know of our metrics; the same for every configuration."""
+        del extra_config
         return metric_definitions()
 
     def get_stats(self) -> OffloadingConnectorStats | None:

@@ -1,0 +1,1 @@
+"""Messages and frames. The docstring of each module is the specification of its protocol."""

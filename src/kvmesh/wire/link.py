@@ -1,6 +1,7 @@
 """Messages between an engine and its node. This docstring is the protocol's specification.
 
-A unix stream socket that the engine makes before it starts the node; frames (`wire.framing`) with one msgpack struct each. The node inherits the descriptors of the ledger and the pool by number.
+A unix stream socket that the engine makes before it starts the node; frames (`wire.framing`) with one msgpack struct
+each. The node inherits the descriptors of the ledger and the pool by number.
 
     engine                                node
      |-- Start ----------------------------->|  once; the node binds its ports, reads the ledger, joins the directory
@@ -13,7 +14,8 @@ A unix stream socket that the engine makes before it starts the node; frames (`w
      |<------------ Visible(keys) -----------|  the node's replica, as a set of keys that somebody else holds
      |<------------ Directory(state) --------|
 
-Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the jobs
+Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the
+jobs
 that were out have failed once the process is known to be dead.
 """
 
@@ -49,7 +51,9 @@ class Start(Message, frozen=True):
     segments: tuple[Segment, ...]
     engine_pid: int
     peer_port: int = 0
-    """The port of the node before this one, 0 for the first: on the same address the directory knows its successor at once."""
+    """The port of the node before this one, 0 for the first: on the same address the directory knows its successor at
+    once.
+    """
 
 
 class Publish(Message, frozen=True):

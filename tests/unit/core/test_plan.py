@@ -30,7 +30,9 @@ def make_replica(inventories: dict[str, set[int]]) -> Replica:
 def test_a_plan_is_the_longest_usable_prefix(
     inventories: dict[str, set[int]], broken: set[str], load: dict[str, int]
 ) -> None:
-    """Runs are consecutive, each from a usable holder that has the chunk; what follows the first hole is refused with a reason."""
+    """Runs are consecutive, each from a usable holder that has the chunk; what follows the first hole is refused with
+    a reason.
+    """
     replica = make_replica(inventories)
     plan = plan_fetch(
         ITEMS,

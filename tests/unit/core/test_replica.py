@@ -1,4 +1,6 @@
-"""The replica: whatever order messages come in, after a snapshot it is the publisher's inventory, and lookups agree with it."""
+"""The replica: whatever order messages come in, after a snapshot it is the publisher's inventory, and lookups agree
+with it.
+"""
 
 from __future__ import annotations
 
