@@ -1,6 +1,6 @@
 # Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-process test-e2e check format lock clean
+.PHONY: help setup demo chaos test test-unit test-contract test-process test-e2e check format lock clean
 SHELL := /bin/bash
 
 export TORCH_INDEX PYTHON
@@ -18,8 +18,11 @@ demo: setup ## two vLLM servers on this machine, one reuses what the other has c
 test: setup ## all tests: unit, process, e2e; says what each stage took
 	@$(python) scripts/run_tests.py
 
-test-unit test-process test-e2e: test-%: setup
+test-unit test-contract test-process test-e2e: test-%: setup
 	@$(python) scripts/run_tests.py $*
+
+chaos: setup ## faults done to real processes under load, as a table (CHAOS="--quick", "--only link-cut", "--soak 20")
+	@.venv/bin/kvmesh bench chaos $(CHAOS)
 
 check: setup ## formatting, lint, strict types
 	$(python) -m ruff format --check .

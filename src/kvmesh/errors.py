@@ -15,13 +15,16 @@
     |     |- PeerReadError          the connection broke while we read
     |     |- PeerWriteError         the connection broke while we wrote
     |     |- PeerTimeoutError       nothing came, or not enough, before the deadline
+    |     |  `- PeerStalledError       no byte came for the stall time; the deadline itself has not passed
     |     |- PeerProtocolError      the peer said something the protocol forbids
+    |     |- PeerAuthenticationError    one of us does not take the other for a member of the cluster
     |     |- PeerClosedError        the peer closed in good order
-    |     `- PeerRefusedError       the peer answered, and the answer is no (wrong key, full, draining)
+    |     `- PeerRefusedError       the peer answered, and the answer is no (full, draining)
     |- DirectoryError           the directory (controller, Redis, list of peers) cannot do its part
     |  |- DirectoryUnavailableError  it cannot be reached or does not answer; the replica goes on without it
     |  `- DirectoryRefusedError  it answered, and the answer is no (id taken, wrong key)
     |- TransferError            a transport could not move slots (set-up, registration, checksum); not a peer's doing
+    |  `- NixlError              NIXL refused or failed something
     |- ModelError               a model folder cannot be made (package not reachable, not the expected one, ...)
     `- LedgerError              the slot ledger in shared memory is not what it must be (magic, version, size, range)
 
@@ -55,6 +58,8 @@ __all__ = [
     "LocalPeerError",
     "LocalProtocolError",
     "ModelError",
+    "NixlError",
+    "PeerAuthenticationError",
     "PeerCancelledError",
     "PeerClosedError",
     "PeerConnectError",
@@ -62,6 +67,7 @@ __all__ = [
     "PeerProtocolError",
     "PeerReadError",
     "PeerRefusedError",
+    "PeerStalledError",
     "PeerTimeoutError",
     "PeerWriteError",
     "RemotePeerError",
@@ -206,8 +212,18 @@ class PeerTimeoutError(RemotePeerError):
     """Nothing came from the peer, or not enough, before the deadline."""
 
 
+class PeerStalledError(PeerTimeoutError):
+    """The peer sent (or took) no byte for the stall time; the deadline itself has not passed."""
+
+
 class PeerProtocolError(RemotePeerError):
     """The peer said something that the protocol forbids. The connection is closed and not used again."""
+
+
+class PeerAuthenticationError(RemotePeerError):
+    """One of the two does not take the other for a member of the cluster (cluster key, certificate), or what came was
+    changed on the way.
+    """
 
 
 class PeerClosedError(RemotePeerError):
@@ -215,7 +231,7 @@ class PeerClosedError(RemotePeerError):
 
 
 class PeerRefusedError(RemotePeerError):
-    """The peer understood and said no: wrong cluster key, too many connections, draining."""
+    """The peer understood and said no: too many connections, draining."""
 
 
 class DirectoryError(KVMeshError):
@@ -232,6 +248,10 @@ class DirectoryRefusedError(DirectoryError):
 
 class TransferError(KVMeshError):
     """A transport could not move slots: set-up, memory registration or checksum."""
+
+
+class NixlError(TransferError):
+    """NIXL refused or failed something; `found` has its own words."""
 
 
 class ModelError(KVMeshError):

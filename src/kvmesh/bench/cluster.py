@@ -1,8 +1,7 @@
 """A small kvmesh cluster on this machine: a controller and vLLM CPU servers, as real processes on free loopback ports.
 
 Used by `kvmesh demo`, the end-to-end tests and the benchmarks. Every process is started in its own session, writes its
-own log file
-and is ended by its own process id.
+own log file and is ended by its own process id.
 """
 
 from __future__ import annotations

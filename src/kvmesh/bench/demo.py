@@ -1,8 +1,7 @@
 """`kvmesh demo`: the first seed's scenario on this machine, on real vLLM servers on the CPU.
 
 A controller and two instances; the prompt goes to instance 1, then to instance 2, which pulls the KV from instance 1.
-Measured
-are the times to the first token: cold, pulled from the peer, and from the own host pool.
+Measured are the times to the first token: cold, pulled from the peer, and from the own host pool.
 """
 
 from __future__ import annotations

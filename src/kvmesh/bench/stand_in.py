@@ -1,8 +1,8 @@
 """A light stand-in for an engine: a pool, a ledger and a real node, without a model.
 
 It computes nothing: the bytes of a chunk follow from its key, so that every byte that arrives anywhere can be checked.
-Used by the process
-tests and by `kvmesh bench`; everything below it (node process, link, directory, transfers) is the real thing.
+Used by the process tests and by `kvmesh bench`; everything below it (node process, link, directory, transfers) is the
+real thing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """`kvmesh bench ttft`: what a peer hit is worth. Time to the first token of the same prompt: computed, pulled from a
 peer, from the own pool.
 
-Two vLLM CPU servers with a random Llama (32 KiB of KV per token in bfloat16), no prefix caching, so that the host pool
-is the only cache. Printed
-beside the speed-up is the ratio of fetch rate to the rate at which prefill produces KV: small models on CPUs overstate
-what a large
-model on a GPU gains.
+Two vLLM CPU servers with a random Llama (8 or 32 KiB of KV per token in bfloat16), no prefix caching, so that the host
+pool is the only cache. Printed beside the speed-up is the ratio of fetch rate to the rate at which prefill produces
+KV: small models on CPUs overstate what a large model on a GPU gains.
 """
 
 from __future__ import annotations
@@ -23,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import Controller, Instance, complete, instance_config, metric, wait_healthy
-from kvmesh.models import BENCH, make_tiny_llama
+from kvmesh.models import BENCH, THIN, TinyShape, make_tiny_llama
 
 CHUNK_TOKENS = 256
+SHAPES = {"thin": THIN, "bench": BENCH}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class TtftRow:
         return self.peer_s / self.local_s
 
 
-def run_ttft(lengths: Sequence[int], repeats: int, channel: str, *, as_json: bool) -> int:
+def run_ttft(lengths: Sequence[int], repeats: int, channel: str, shape: TinyShape, *, as_json: bool) -> int:
     """Measure and print; returns the exit status: 1 when a text differed or nothing was pulled."""
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
@@ -68,13 +67,13 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, *, as_json: boo
         for number in (1, 2):
             instance = Instance(
                 f"instance-{number}",
-                make_tiny_llama(shape=BENCH),
+                make_tiny_llama(shape=shape),
                 folder,
                 instance_config(number, controller, transfer_channel=channel, max_local_cpu_size=4),
                 core=number - 1,
                 dtype="bfloat16",
                 max_model_len=max(lengths) + 64,
-                arguments=("--no-enable-prefix-caching",),
+                arguments=("--no-enable-prefix-caching", "--distributed-executor-backend", "uni"),
             )
             stack.callback(instance.stop)
             instance.start()
@@ -85,8 +84,8 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, *, as_json: boo
         rows = []
         for length in lengths:
             status.update(f"{length} tokens")
-            _measure(first, second, length, 1, seed=0)  # warm-up: compiled kernels, first connections
-            rows.append(_measure(first, second, length, repeats, seed=1))
+            _measure(first, second, length, 2, shape, seed=0)  # warm-up: compiled kernels, first connections
+            rows.append(_measure(first, second, length, repeats, shape, seed=1))
     if as_json:
         print(
             json.dumps(
@@ -99,7 +98,7 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, *, as_json: boo
     return 0 if all(row.identical and row.pulled_share > 0 for row in rows) else 1
 
 
-def _measure(first: Instance, second: Instance, length: int, repeats: int, *, seed: int) -> TtftRow:
+def _measure(first: Instance, second: Instance, length: int, repeats: int, shape: TinyShape, *, seed: int) -> TtftRow:
     cold_s, peer_s, local_s = [], [], []
     before = _fetched(second)
     identical = True
@@ -126,7 +125,7 @@ def _measure(first: Instance, second: Instance, length: int, repeats: int, *, se
         fastest_cold_s=min(cold_s),
         pulled_share=chunks / (repeats * (length // CHUNK_TOKENS)),
         fetch_gb_per_s=fetched_bytes / seconds / 1e9 if seconds else 0.0,
-        kv_production_gb_per_s=length * BENCH.kv_bytes_per_token(2) / statistics.median(cold_s) / 1e9,
+        kv_production_gb_per_s=length * shape.kv_bytes_per_token(2) / statistics.median(cold_s) / 1e9,
         identical=identical,
     )
 

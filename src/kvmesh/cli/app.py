@@ -23,9 +23,11 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
 model_app = typer.Typer(help="Make small models that need no download from a hub.", no_args_is_help=True)
+key_app = typer.Typer(help="The key that the members of a cluster share.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
+app.add_typer(key_app, name="key")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -68,12 +70,16 @@ def controller(
         typer.Option(help="Seconds of silence after which an instance is gone.  [default: from the interval]"),
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Bind beyond this machine without a cluster key.")] = False,
+    cluster_key_file: Annotated[
+        Path | None, typer.Option(help="The key of the cluster; or put the key into KVMESH_CLUSTER_KEY.")
+    ] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="Certificate (PEM): HTTPS instead of HTTP.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
 ) -> None:
     """Run the controller: the directory of who holds what, with an HTTP API and a web page.
 
     Nodes find it by `controller_pull_url` and `controller_reply_url`. It keeps nothing on disk: after a restart the
-    nodes
-    tell it everything again.
+    nodes tell it everything again.
     """
     from kvmesh.config import make_controller_config
     from kvmesh.controller.process import run_controller
@@ -86,6 +92,9 @@ def controller(
             heartbeat_interval_s=heartbeat_interval,
             instance_timeout_s=instance_timeout,
             insecure=insecure,
+            cluster_key_file=None if cluster_key_file is None else str(cluster_key_file),
+            tls_cert_file=None if tls_cert_file is None else str(tls_cert_file),
+            tls_key_file=None if tls_key_file is None else str(tls_key_file),
         )
     )
 
@@ -139,6 +148,29 @@ def config_check(
     raise typer.Exit(check_file(file, as_json=as_json))
 
 
+@key_app.command("new")
+def key_new(
+    file: Annotated[Path | None, typer.Argument(help="File to make; only its owner can read it.")] = None,
+) -> None:
+    """Make a random cluster key, in a file that must not exist yet, or on standard output.
+
+    All instances and the controller get the same key: `cluster_key_file`, `--cluster-key-file` or KVMESH_CLUSTER_KEY.
+    """
+    from kvmesh.cli.key import new_key
+
+    new_key(file)
+
+
+@key_app.command("token")
+def key_token(
+    file: Annotated[Path | None, typer.Argument(help="The cluster key's file; otherwise KVMESH_CLUSTER_KEY.")] = None,
+) -> None:
+    """Print the token with which the controller's HTTP API lets things be changed."""
+    from kvmesh.cli.key import token
+
+    typer.echo(token(file))
+
+
 @model_app.command("smollm2")
 def model_smollm2(
     folder: Annotated[Path | None, typer.Argument(help="Folder to make.  [default: in the cache directory]")] = None,
@@ -172,14 +204,17 @@ def bench_ttft(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "4000,6000",
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 5,
     channel: Annotated[str, typer.Option(help="transfer_channel of both instances.")] = "tcp",
+    shape: Annotated[str, typer.Option(help="Random Llama: thin (8 KiB of KV per token) or bench (32 KiB).")] = "thin",
     as_json: JsonFlag = False,
     quick: Annotated[bool, typer.Option("--quick", help="One length, two prompts.")] = False,
 ) -> None:
     """Time to the first token on two real vLLM servers: cold, pulled from a peer, from the own host pool."""
-    from kvmesh.bench.ttft import run_ttft
+    from kvmesh.bench.ttft import SHAPES, run_ttft
 
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} is not one of {', '.join(SHAPES)}", param_hint="--shape")
     chosen = [2000] if quick else [int(length) for length in lengths.split(",")]
-    raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, as_json=as_json))
+    raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, SHAPES[shape], as_json=as_json))
 
 
 @bench_app.command("idle")
@@ -193,6 +228,30 @@ def bench_idle(
     from kvmesh.bench.idle import run_idle
 
     raise typer.Exit(run_idle(5.0 if quick else seconds, channel, as_json=as_json))
+
+
+@bench_app.command("chaos")
+def bench_chaos(
+    quick: Annotated[bool, typer.Option("--quick", help="The most telling cells, in less than two minutes.")] = False,
+    as_json: JsonFlag = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this cell, such as link-cut or tcp/link-cut. May be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random here.")] = 1,
+    soak: Annotated[
+        float | None, typer.Option(min=1, help="Instead: random faults for so many minutes, and nothing may grow.")
+    ] = None,
+    logs: Annotated[Path | None, typer.Option(help="Folder for log files.  [default: a temporary one]")] = None,
+) -> None:
+    """Do faults to real processes while requests run, for each transport: no wrong byte, no lost answer, all heals.
+
+    The exit status is 1 when any cell failed. Cells that need root, iproute2 or NIXL say so where these are missing.
+    """
+    from kvmesh.bench.chaos import run_chaos, run_soak
+
+    if soak is not None:
+        raise typer.Exit(run_soak(minutes=soak, as_json=as_json, seed=seed, logs=logs))
+    raise typer.Exit(run_chaos(quick=quick, as_json=as_json, only=only or (), seed=seed, logs=logs))
 
 
 def _tell(line: str) -> None:

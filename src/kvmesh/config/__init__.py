@@ -5,13 +5,15 @@
 
 `docs/configuration.md` lists every key. One file per subject: `model` (the keys, declared with `keys`), `ranks`
 (data-parallel engines), `sources` (reading), `load` (merging and checking), `combinations` (what does not go together),
-`foreign` (keys of LMCache and vLLM), `values` (addresses, lists, secrets), `controller` (the controller's own flags).
+`foreign` (keys of LMCache and vLLM), `values` (addresses, lists, secrets), `cluster_key`, `tls`, `controller` (the
+controller's own flags).
 """
 
 from kvmesh.config.controller import ControllerConfig, MonitorPorts, make_controller_config, parse_monitor_ports
 from kvmesh.config.keys import ConfigRow
 from kvmesh.config.load import load_config
 from kvmesh.config.model import DirectoryKind, KVMeshConfig, TransferChannel
+from kvmesh.config.tls import TlsFiles
 from kvmesh.config.values import is_loopback, mask_secrets
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "DirectoryKind",
     "KVMeshConfig",
     "MonitorPorts",
+    "TlsFiles",
     "TransferChannel",
     "is_loopback",
     "load_config",

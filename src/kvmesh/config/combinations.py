@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmesh.config.model import PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, KVMeshConfig
+from kvmesh.config.model import PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, TLS_KEYS, KVMeshConfig
 from kvmesh.config.values import is_loopback, is_wildcard, parse_host_port, show
 from kvmesh.errors import ConfigProblem
 
@@ -16,7 +16,6 @@ NOT_AVAILABLE: Mapping[str, str] = {
     "lookup_url": "a Redis directory",
     "distributed_url": "a Redis directory",
     "static_peers": "a list of peers as directory",
-    "cluster_key_file": "a cluster key",
 }
 """Keys that are understood but whose part is not in this version."""
 
@@ -72,6 +71,11 @@ def _impossible(config: KVMeshConfig) -> Iterator[_Finding]:
             "else one late heartbeat counts as death",
         )
     yield from _equal_ports(config)
+    if missing := [key for key in TLS_KEYS if getattr(config, key) is None]:
+        given = [key for key in TLS_KEYS if key not in missing]
+        if given:
+            expected = f"{', '.join(missing)} as well: the three TLS files go together"
+            yield _Finding((*given, *missing), expected, f"only {', '.join(given)}")
     if config.share:
         yield from _impossible_sharing(config)
 
@@ -80,6 +84,14 @@ def _impossible_sharing(config: KVMeshConfig) -> Iterator[_Finding]:
     if not config.pool_enabled:
         hint = "switch the pool on, or set share: false"
         yield _Finding(("pool_enabled", "share"), "true while share is true: peers read from the pool", "false", hint)
+    if _is_exposed(config) and not config.insecure:
+        yield _Finding(
+            ("host", "insecure", "cluster_key_file"),
+            "a loopback address, because there is no cluster key",
+            show(config.host),
+            "set cluster_key_file (kvmesh key new FILE makes one) or KVMESH_CLUSTER_KEY; or bind loopback; or write "
+            "insecure: true if everybody who reaches this address may read and disturb KV",
+        )
     if is_wildcard(config.advertise_host):
         yield _Finding(
             ("advertise_host", "host"),
@@ -143,8 +155,16 @@ def _doubtful(config: KVMeshConfig) -> Iterator[str]:
         if not config.pool_enabled:
             yield "share and pool_enabled are both false: kvmesh does nothing"
         return
-    if not is_loopback(config.host):
-        yield _exposed(config)
+    if _is_exposed(config) and config.insecure:
+        yield (
+            f"INSECURE: whoever reaches {config.host} on its ports can read and disturb KV, because no cluster key "
+            "protects it; insecure: true says that this is meant"
+        )
+    elif not is_loopback(config.host) and config.transfer_channel == "nixl":
+        yield (
+            "transfer_channel is nixl: NIXL's own ports know no cluster key, and whoever reaches them can read the "
+            "host pool; keep them behind a firewall (docs/security.md), or use tcp"
+        )
     if config.directory != "controller" and (config.controller_pull_url or config.controller_reply_url):
         yield "enable_controller is false: the controller's addresses are not used"
     if config.enable_controller and config.controller_pull_url is not None:
@@ -162,8 +182,5 @@ def _doubtful(config: KVMeshConfig) -> Iterator[str]:
         yield "retrieve_locations leaves out peers: this instance publishes its chunks and fetches none"
 
 
-def _exposed(config: KVMeshConfig) -> str:
-    risk = f"whoever reaches {config.host} on its ports can read and disturb KV, because no cluster key protects it"
-    if config.insecure:
-        return f"INSECURE: {risk}; insecure: true says that this is meant"
-    return f"INSECURE: {risk}; bind loopback, or write insecure: true if it is meant (later versions will insist)"
+def _is_exposed(config: KVMeshConfig) -> bool:
+    return config.cluster_key is None and not is_loopback(config.host)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SecretStr
 
+from kvmesh.config.cluster_key import find_cluster_key
 from kvmesh.config.model import Port
 from kvmesh.config.values import PORT_MAX, is_loopback, parse_host, show
 from kvmesh.errors import ConfigError, ConfigProblem
@@ -44,6 +47,11 @@ class ControllerConfig(BaseModel):
     instance_timeout_s: float = 7.0
     """An instance not heard of for so long is dropped, with its chunks."""
     insecure: bool = False
+    cluster_key: SecretStr | None = None
+    """The text of the cluster key; None: loopback only, or `insecure`."""
+    tls_cert_file: str | None = None
+    """Certificate (PEM) of the page and the API; None: plain HTTP."""
+    tls_key_file: str | None = None
     warnings: tuple[str, ...] = ()
     """To be logged once by whoever starts the controller."""
 
@@ -86,6 +94,10 @@ def make_controller_config(
     heartbeat_interval_s: float = 2.0,
     instance_timeout_s: float | None = None,
     insecure: bool = False,
+    cluster_key_file: str | None = None,
+    tls_cert_file: str | None = None,
+    tls_key_file: str | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> ControllerConfig:
     """Check the controller's flags and put them together.
 
@@ -95,7 +107,11 @@ def make_controller_config(
         monitor_ports: parsed, or the text of the flag.
         heartbeat_interval_s: seconds between heartbeats of a node.
         instance_timeout_s: None: three heartbeats and a second.
-        insecure: says that binding beyond loopback is meant.
+        insecure: says that binding beyond loopback without a cluster key is meant.
+        cluster_key_file: the file with the cluster key.
+        tls_cert_file: certificate for HTTP; goes with its key.
+        tls_key_file: the certificate's private key.
+        environ: may hold the cluster key, as KVMESH_CLUSTER_KEY. None: the process's environment.
 
     Raises:
         ConfigError: with every problem found.
@@ -121,6 +137,27 @@ def make_controller_config(
     elif not 2 * heartbeat_interval_s <= timeout_s < float("inf"):
         expected = f"at least twice heartbeat_interval_s, {2 * heartbeat_interval_s:g}"
         problems.append(ConfigProblem("instance_timeout_s", "flag", expected, show(timeout_s)))
+    before = len(problems)
+    key = find_cluster_key(
+        cluster_key_file,
+        os.environ if environ is None else environ,
+        name="--cluster-key-file",
+        where="flag",
+        problems=problems,
+    )
+    is_exposed = key is None and not is_loopback(host)
+    if is_exposed and not insecure and len(problems) == before:
+        hint = (
+            "give --cluster-key-file (kvmesh key new FILE makes one) or KVMESH_CLUSTER_KEY; or bind localhost; or say "
+            "--insecure if everybody who reaches this address may use and change the directory"
+        )
+        expected = "a loopback address, because there is no cluster key"
+        problems.append(ConfigProblem("--host", "flag", expected, show(host), hint))
+    if (tls_cert_file is None) != (tls_key_file is None):
+        given, missing = ("cert", "key") if tls_key_file is None else ("key", "cert")
+        problems.append(
+            ConfigProblem(f"--tls-{missing}-file", "flag", f"both TLS files, as --tls-{given}-file is there", "one")
+        )
     if problems:
         _refuse(problems)
     return ControllerConfig(
@@ -132,15 +169,16 @@ def make_controller_config(
         heartbeat_interval_s=heartbeat_interval_s,
         instance_timeout_s=timeout_s,
         insecure=insecure,
-        warnings=() if is_loopback(host) else (_exposed(host, insecure=insecure),),
+        cluster_key=None if key is None else SecretStr(key),
+        tls_cert_file=tls_cert_file,
+        tls_key_file=tls_key_file,
+        warnings=(_exposed(host),) if is_exposed else (),
     )
 
 
-def _exposed(host: str, *, insecure: bool) -> str:
+def _exposed(host: str) -> str:
     risk = f"whoever reaches {host} can change the directory and use the API, because no cluster key protects it"
-    if insecure:
-        return f"INSECURE: {risk}; insecure says that this is meant"
-    return f"INSECURE: {risk}; bind localhost, or say insecure if it is meant (later versions will insist)"
+    return f"INSECURE: {risk}; insecure says that this is meant"
 
 
 def _equal_ports(ports: dict[str, int | None]) -> list[ConfigProblem]:

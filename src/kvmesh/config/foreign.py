@@ -160,6 +160,7 @@ VLLM_KEYS = frozenset(
         "offload_prompt_only",
         "secondary_tiers",
         "self_describing_kv_events",
+        "tier_poll_interval_s",
         "spec_module_path",
         "spec_name",
         "store_threshold",

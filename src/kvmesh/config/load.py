@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from kvmesh.config.cluster_key import find_cluster_key
 from kvmesh.config.combinations import check_combinations
 from kvmesh.config.foreign import VLLM_KEYS, contradictions, is_lmcache_key, lmcache_warning
 from kvmesh.config.model import KEYS, OWN_NAMES, PORT_KEYS, KVMeshConfig
 from kvmesh.config.sources import (
-    CLUSTER_KEY_VARIABLE,
     CONFIG_FILE_VARIABLES,
     NESTED_KEY,
     Setting,
@@ -65,7 +65,8 @@ def load_config(
 ) -> KVMeshConfig:
     """Read, merge and check the configuration.
 
-    Reads one file, no network, no name resolution. Logs nothing: the caller logs `warnings` of the result.
+    Reads one file and the cluster key's, no network, no name resolution. Logs nothing: the caller logs `warnings` of
+    the result.
 
     Args:
         path: the YAML file. None: the one named by KVMESH_CONFIG_FILE, else by LMCACHE_CONFIG_FILE, else none.
@@ -86,7 +87,7 @@ def load_config(
     _take(draft, read_environment(env, draft.warnings), is_environment=True)
     _take(draft, read_extra(extra or {}), is_extra=True)
     _look_at_other_variables(env, draft)
-    config = _build(draft)
+    config = _with_cluster_key(_build(draft), env, draft)
     names = {own: setting.name for own, setting in draft.chosen.items()}
     problems, warnings = check_combinations(config, names, draft.unsure)
     draft.problems += problems
@@ -148,12 +149,6 @@ def _take_foreign(draft: _Draft, setting: Setting, *, is_environment: bool) -> N
 
 
 def _look_at_other_variables(env: Mapping[str, str], draft: _Draft) -> None:
-    if env.get(CLUSTER_KEY_VARIABLE):
-        draft.problems.append(
-            ConfigProblem(
-                CLUSTER_KEY_VARIABLE, "env", "no cluster key: not available in this version", "one", "unset it"
-            )
-        )
     for variable, value in sorted(env.items()):
         name = variable.removeprefix("LMCACHE_").lower()
         if value and variable.startswith("LMCACHE_") and name in OWN_NAMES:
@@ -183,6 +178,21 @@ def _build(draft: _Draft) -> KVMeshConfig:
             values.pop(key, None)
             port_lists.pop(key, None)
     return KVMeshConfig.model_validate({**values, "port_lists": port_lists, "sources": sources})
+
+
+def _with_cluster_key(config: KVMeshConfig, env: Mapping[str, str], draft: _Draft) -> KVMeshConfig:
+    setting = draft.chosen.get("cluster_key_file")
+    before = len(draft.problems)
+    key = find_cluster_key(
+        config.cluster_key_file,
+        env,
+        name=setting.name if setting else "cluster_key_file",
+        where=setting.where if setting else "default",
+        problems=draft.problems,
+    )
+    if len(draft.problems) > before:
+        draft.unsure.add("cluster_key_file")  # meant, so that its absence is no news
+    return config if key is None else config.model_copy(update={"cluster_key": SecretStr(key)})
 
 
 def _as_port_list(value: object) -> list[object]:

@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 from kvmesh.config.keys import ConfigRow, KeyInfo, key, read_key
 from kvmesh.config.ranks import ports_for_rank
+from kvmesh.config.tls import TlsFiles
 from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_redis_url, parse_tcp_url, split_list
 from kvmesh.errors import ConfigError, ConfigProblem
 
@@ -24,6 +34,8 @@ Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
 
 PORT_KEYS = ("peer_port", "lookup_port", "admin_port")
 """Keys that take one port, or a list with one port per data-parallel rank."""
+
+TLS_KEYS = ("tls_cert_file", "tls_key_file", "tls_ca_file")
 
 PEER_LOCATIONS = frozenset({"p2pbackend", "peers"})
 POOL_LOCATIONS = frozenset({"localcpubackend", "pool"})
@@ -135,7 +147,31 @@ class KVMeshConfig(BaseModel):
     )
     cluster_key_file: str | None = key(
         None,
-        "File with the key that authenticates the members of a cluster. Not available in this version.",
+        "File with the key that all members of the cluster share, readable by its owner only (`kvmesh key new FILE` "
+        "makes one). Or put the key itself into the variable KVMESH_CLUSTER_KEY.",
+        allowed="the path of a file",
+        shown_default="none",
+        min_length=1,
+    )
+    tls_cert_file: str | None = key(
+        None,
+        "Certificate of this instance (PEM), for TLS between peers and on the admin port. The three TLS files go "
+        "together, on all instances of a cluster.",
+        allowed="the path of a file",
+        shown_default="none: no TLS",
+        min_length=1,
+    )
+    tls_key_file: str | None = key(
+        None,
+        "Private key of that certificate (PEM), without a password.",
+        allowed="the path of a file",
+        shown_default="none",
+        min_length=1,
+    )
+    tls_ca_file: str | None = key(
+        None,
+        "Certificates of the CA (PEM). Whoever has a certificate of this CA counts as a peer, so it must serve this "
+        "cluster only.",
         allowed="the path of a file",
         shown_default="none",
         min_length=1,
@@ -252,6 +288,8 @@ class KVMeshConfig(BaseModel):
     log_level: LogLevel = key("info", "How much engine side and node log.", allowed="debug, info, warning or error")
 
     # Not keys: how this object came about
+    cluster_key: SecretStr | None = None
+    """The text of the cluster key, from `cluster_key_file` or the environment."""
     port_lists: Mapping[str, tuple[Port, ...]] = {}
     """Ports per data-parallel rank, for each port key that was given as a list; the key itself holds the first."""
     data_parallel_rank: int | None = None
@@ -305,6 +343,17 @@ class KVMeshConfig(BaseModel):
     @classmethod
     def _peers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(parse_tcp_url(peer) for peer in value))
+
+    @field_serializer("cluster_key", when_used="json")
+    def _tell_child_process(self, value: SecretStr | None) -> str | None:
+        return None if value is None else value.get_secret_value()
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """The files for TLS between peers; None without TLS."""
+        if self.tls_cert_file is None or self.tls_key_file is None or self.tls_ca_file is None:
+            return None
+        return TlsFiles(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
 
     @property
     def pool_size_bytes(self) -> int:
@@ -361,7 +410,7 @@ class KVMeshConfig(BaseModel):
         return self.model_copy(update=changed)
 
     def to_wire(self) -> bytes:
-        """The whole object as JSON, for handing it to a child process. May hold a password: use a pipe, not argv."""
+        """The whole object as JSON, for handing it to a child process. Holds secrets: a pipe, never argv or a log."""
         return self.model_dump_json().encode()
 
     @classmethod

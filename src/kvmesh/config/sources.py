@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmesh.config.cluster_key import CLUSTER_KEY_VARIABLE
 from kvmesh.errors import ConfigProblem
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ ENV_PREFIX = "KVMESH_"
 CONFIG_FILE_VARIABLES = ("KVMESH_CONFIG_FILE", "LMCACHE_CONFIG_FILE")
 """Variables that name the file, the first one that is set."""
 
-CLUSTER_KEY_VARIABLE = "KVMESH_CLUSTER_KEY"
 _NO_KEYS = frozenset({*CONFIG_FILE_VARIABLES, CLUSTER_KEY_VARIABLE})
 """Variables with our prefix that are no keys of the configuration and are not to be warned about."""
 

@@ -26,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--heartbeat-interval", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--instance-timeout", type=float, default=None, metavar="SECONDS")
-    parser.add_argument("--insecure", action="store_true", help="say that binding beyond loopback is meant")
+    parser.add_argument("--insecure", action="store_true", help="bind beyond this machine without a cluster key")
+    parser.add_argument("--cluster-key-file", metavar="FILE", help="the key of the cluster (or KVMESH_CLUSTER_KEY)")
+    parser.add_argument("--tls-cert-file", metavar="FILE", help="certificate (PEM): HTTPS instead of HTTP")
+    parser.add_argument("--tls-key-file", metavar="FILE", help="the certificate's private key (PEM)")
     given = parser.parse_args(argv)
     try:
         run_controller(
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 heartbeat_interval_s=given.heartbeat_interval,
                 instance_timeout_s=given.instance_timeout,
                 insecure=given.insecure,
+                cluster_key_file=given.cluster_key_file,
+                tls_cert_file=given.tls_cert_file,
+                tls_key_file=given.tls_key_file,
             )
         )
     except ConfigError as error:

@@ -5,6 +5,7 @@ Handlers run on the loop that owns the registry, so they read it without a lock 
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Context:
     feed: Feed
     clock: Callable[[], float] = time.monotonic
     started_at_s: float = field(default_factory=time.monotonic)
+    token: str | None = field(default=None, repr=False)
+    """What a request that changes something must show; None without a cluster key."""
 
     def health(self) -> views.HealthView:
         """What `/healthz` says."""
@@ -94,6 +97,21 @@ class LookupRequest(BaseModel):
 
     keys: list[str] = Field(max_length=MAX_LOOKUP_KEYS, description="Chunk keys in hexadecimal, in prefix order.")
     format_id: str | None = Field(None, description="Only this format.")
+
+
+def require_token(context: Context, authorization: str | None) -> None:
+    """Raises ApiError unless `Authorization: Bearer TOKEN` has the cluster's token.
+
+    For every call that changes something; reading is free for whoever reaches the port. No such call exists yet.
+    """
+    if context.token is None:
+        hint = "start the controller with --cluster-key-file or KVMESH_CLUSTER_KEY"
+        raise ApiError(403, "no_cluster_key", "without a cluster key nothing can be changed over HTTP", hint)
+    scheme, _, shown = (authorization or "").partition(" ")
+    is_right = hmac.compare_digest(shown.strip().encode(), context.token.encode())
+    if scheme.lower() != "bearer" or not is_right:
+        hint = "send Authorization: Bearer TOKEN; kvmesh key token prints it"
+        raise ApiError(401, "bad_token", "this call needs the cluster's token", hint)
 
 
 def create_app(context: Context) -> FastAPI:

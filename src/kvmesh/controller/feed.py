@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import zmq
 
+from kvmesh.controller.admission import Admission
 from kvmesh.controller.instances import Peer, Send, SocketName
+from kvmesh.controller.intake import Intake
 from kvmesh.controller.log import LogLimiter, log
 from kvmesh.controller.registry import Registry, SendFailure
 from kvmesh.controller.sockets import Sockets
@@ -26,9 +28,6 @@ from kvmesh.wire import directory as wire
 
 logger = logging.getLogger(__name__)
 
-BATCH_MESSAGES = 100
-BATCH_S = 0.01
-"""One socket's turn on the loop ends after so many messages or so long, whichever comes first."""
 SNAPSHOT_PAUSE_S = 0.02
 """Requests for snapshots gather for so long, so that members that come together share one encoding."""
 SHARED_FRAME_BYTES = 64 * 1024
@@ -36,7 +35,9 @@ SHARED_FRAME_BYTES = 64 * 1024
 
 
 class FeedStatistics(NamedTuple):
-    """Counts since the start. `received` is by socket and kind of message, `malformed` by socket."""
+    """Counts since the start. `received` is by socket and kind of message, `malformed` and `refused_handshakes` by
+    socket.
+    """
 
     received: dict[tuple[str, str], int]
     malformed: dict[str, int]
@@ -44,47 +45,7 @@ class FeedStatistics(NamedTuple):
     sent_frames: int
     sent_bytes: int
     send_failures: dict[str, int]
-
-
-class Intake:
-    """Takes what one socket receives, some at a time, and hands each message's frames to `handle`."""
-
-    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
-        self._socket = socket
-        self._handle = handle
-        self._readable = asyncio.Event()
-
-    def wake(self) -> None:
-        """Look again. Needed after every send: it may have used up the signal that something can be read."""
-        self._readable.set()
-
-    async def run(self) -> None:
-        """Until cancelled. `handle` must not raise."""
-        loop = asyncio.get_running_loop()
-        descriptor = int(self._socket.getsockopt(zmq.FD))
-        loop.add_reader(descriptor, self._readable.set)
-        self._readable.set()
-        try:
-            while True:
-                await self._readable.wait()
-                self._readable.clear()
-                while not self._drain():
-                    await asyncio.sleep(0)  # others' turn
-        finally:
-            loop.remove_reader(descriptor)
-
-    def _drain(self) -> bool:
-        """Take a batch. True when nothing is left."""
-        until_s = time.monotonic() + BATCH_S
-        for _ in range(BATCH_MESSAGES):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return True
-            self._handle(frames)
-            if time.monotonic() > until_s:
-                break
-        return False
+    refused_handshakes: dict[str, int]
 
 
 class Feed:
@@ -100,6 +61,7 @@ class Feed:
             name: Intake(router, lambda frames, name=name: self._guard(name, frames))  # type: ignore[misc]
             for name, router in self._routers.items()
         }
+        self._admission = Admission(sockets, clock)
         self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames))
         self._owed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -114,6 +76,7 @@ class Feed:
     def start(self) -> None:
         """Start taking messages. The loop must be running."""
         work = {f"intake_{name}": intake.run() for name, intake in self._intakes.items()}
+        work |= {f"admission_{name}": intake.run() for name, intake in self._admission.intakes.items()}
         work |= {"intake_pull": self._pull.run(), "ticker": self._tick(), "snapshots": self._send_owed()}
         for name, coroutine in work.items():
             task = self._tasks[name] = asyncio.create_task(coroutine, name=f"feed_{name}")
@@ -141,6 +104,7 @@ class Feed:
             self._sent_frames,
             self._sent_bytes,
             dict(self._failures),
+            dict(self._admission.refused),
         )
 
     # -- in ------------------------------------------------------------------------------------------------------------

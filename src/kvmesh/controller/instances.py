@@ -58,6 +58,8 @@ class Instance:
     behind_at: int | None = None
     behind_since_s: float | None = None
     """Since when a heartbeat's sequence number has been ahead of `behind_at`, ours."""
+    corrupt_chunks: int = 0
+    """Chunks that others report to have got from this member with wrong bytes."""
 
     @property
     def instance_id(self) -> str:

@@ -110,6 +110,12 @@ class ControllerMetrics(Collector):
         for socket, number in statistics.malformed.items():
             malformed.add_metric([socket], number)
         yield malformed
+        refused = CounterMetricFamily(
+            _PREFIX + "refused_handshakes", "Connections without our cluster key, refused.", labels=["socket"]
+        )
+        for socket, number in statistics.refused_handshakes.items():
+            refused.add_metric([socket], number)
+        yield refused
         failures = CounterMetricFamily(
             _PREFIX + "send_failures", "Frames that a connection did not take.", labels=["reason"]
         )

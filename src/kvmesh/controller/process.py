@@ -10,6 +10,7 @@ import resource
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from kvmesh.controller.log import log
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import Sockets, open_sockets
 from kvmesh.errors import StartupError
+from kvmesh.wire.auth import ClusterKey
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +79,15 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
         raise StartupError(
             "controller", "the packages of its extra", f"no module {error.name}", "pip install 'kvmesh[controller]'"
         ) from None
+    key = None if config.cluster_key is None else ClusterKey(config.cluster_key.get_secret_value())
+    _check_certificate(config)
     registry = Registry(
         incarnation=secrets.token_hex(8),
         heartbeat_interval_s=config.heartbeat_interval_s,
         instance_timeout_s=config.instance_timeout_s,
     )
     feed = Feed(registry, sockets)
-    context = Context(registry, feed)
+    context = Context(registry, feed, token=None if key is None else key.http_token())
     app = create_app(context)
     mount(app, context)
     server = _Server(
@@ -94,6 +98,8 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
             timeout_keep_alive=5,
+            ssl_certfile=config.tls_cert_file,
+            ssl_keyfile=config.tls_key_file,
         ),
         on_started=lambda: _log_started(config, sockets, registry),
     )
@@ -106,6 +112,20 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
     finally:
         await feed.stop()
         log(logger, logging.INFO, "stopped", instances=len(registry.instances))
+
+
+def _check_certificate(config: ControllerConfig) -> None:
+    """Raises StartupError, where uvicorn would end in a traceback."""
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert_file, config.tls_key_file, lambda: "")
+    except (OSError, ValueError) as error:
+        raise StartupError(
+            f"--tls-cert-file {config.tls_cert_file} with --tls-key-file {config.tls_key_file}",
+            "a certificate and its private key, without a password (PEM)",
+            str(error),
+        ) from None
 
 
 class _Server(uvicorn.Server):
@@ -146,7 +166,8 @@ def _log_started(config: ControllerConfig, sockets: Sockets, registry: Registry)
         logging.INFO,
         "started",
         version=__version__,
-        page=f"http://{format_host_port(config.host, sockets.http_port)}/",
+        page=f"{'http' if config.tls_cert_file is None else 'https'}://"
+        f"{format_host_port(config.host, sockets.http_port)}/",
         bound=sockets.address,
         http_port=sockets.http_port,
         pull_port=sockets.pull_port,
@@ -155,6 +176,7 @@ def _log_started(config: ControllerConfig, sockets: Sockets, registry: Registry)
         heartbeat_interval_s=config.heartbeat_interval_s,
         instance_timeout_s=config.instance_timeout_s,
         incarnation=registry.incarnation,
+        cluster_key=config.cluster_key is not None,
     )
 
 

@@ -37,7 +37,7 @@ from kvmesh.controller.instances import (
     Send,
     State,
 )
-from kvmesh.controller.log import log
+from kvmesh.controller.log import LogLimiter, log
 from kvmesh.wire import directory as wire
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class Registry:
         """Publisher to the members that are owed its Snapshot. Both are members of one group."""
         self._registrations = count(1)
         self._warned = IncompatibilityLog()
+        self._limiter = LogLimiter()
         self._last_tick_s: float | None = None
         self._ack_known = wire.encode(wire.HeartbeatAck(incarnation, known=True))
         self._ack_unknown = wire.encode(wire.HeartbeatAck(incarnation, known=False))
@@ -266,7 +267,29 @@ class Registry:
         if isinstance(event, wire.Snapshot):
             return self._snapshot(instance, event, frame, now_s)
         self.activity.add(event, now_s)
+        self._note_corrupt(instance, event, now_s)
         return []
+
+    def _note_corrupt(self, reporter: Instance, report: wire.FetchReport, now_s: float) -> None:
+        """Whoever delivers wrong bytes has bad memory, a bad network or bad intentions: worth a person's look."""
+        for holder_id, chunks in report.corrupt.items():
+            holder = reporter.group.members.get(holder_id)
+            if holder is None or holder is reporter or not chunks:
+                continue
+            holder.corrupt_chunks += chunks
+            suppressed = self._limiter.allow(f"corrupt {holder_id}", now_s)
+            if suppressed is not None:
+                log(
+                    logger,
+                    logging.WARNING,
+                    "corrupt_chunks",
+                    instance=holder_id,
+                    peer=holder.member.peer_address,
+                    reported_by=reporter.instance_id,
+                    chunks=chunks,
+                    total=holder.corrupt_chunks,
+                    suppressed=suppressed,
+                )
 
     def _changes(self, instance: Instance, changes: wire.Changes, frame: bytes, now_s: float) -> list[Send]:
         replica = instance.group.replica

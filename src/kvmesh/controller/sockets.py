@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 
 from kvmesh.config import ControllerConfig
 from kvmesh.config.values import format_host_port
 from kvmesh.errors import StartupError
+from kvmesh.wire.auth import ClusterKey
+from kvmesh.wire.curve import CurveKeys, secure_controller, watch
 from kvmesh.wire.directory import MAX_EVENT_BYTES, MAX_REQUEST_BYTES
 
 SEND_QUEUE_FRAMES = 2_000
@@ -36,6 +38,12 @@ class Sockets:
     reply_port: int
     heartbeat_port: int | None
     pull_port: int
+    curve: CurveKeys | None = None
+    """None without a cluster key: everybody who can connect is let in."""
+    zap: zmq.Socket[bytes] | None = None
+    """Where ZMQ asks whether a client is to be let in; with a cluster key only."""
+    watchers: dict[str, zmq.Socket[bytes]] = field(default_factory=dict)
+    """Where ZMQ tells of handshakes, by socket."""
 
     def close(self) -> None:
         """Close all at once; what was not sent yet is dropped."""
@@ -52,14 +60,25 @@ def open_sockets(config: ControllerConfig) -> Sockets:
     address = _address(config.host)
     http = _bind_http(config, address)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    watchers: dict[str, zmq.Socket[bytes]] = {}
     try:
-        pull = _make(context, zmq.PULL, address, MAX_EVENT_BYTES)
-        reply = _make(context, zmq.ROUTER, address, MAX_REQUEST_BYTES)
+        curve = None if config.cluster_key is None else CurveKeys.derive(_key(config))
+        zap = None if curve is None else _bind_zap(context)  # first: without it ZMQ would let everybody in
+
+        def make(kind: int, name: str, max_bytes: int) -> zmq.Socket[bytes]:
+            made = _make(context, kind, address, max_bytes)
+            if curve is not None:
+                secure_controller(made, curve)
+            watchers[name] = watch(context, made, name)
+            return made
+
+        pull = make(zmq.PULL, "pull", MAX_EVENT_BYTES)
+        reply = make(zmq.ROUTER, "reply", MAX_REQUEST_BYTES)
         pull_port = _bind(pull, config.host, address, config.pull_port, "pull")
         reply_port = _bind(reply, config.host, address, config.reply_port, "reply")
         heartbeat, heartbeat_port = None, None
         if config.heartbeat_port is not None:
-            heartbeat = _make(context, zmq.ROUTER, address, MAX_REQUEST_BYTES)
+            heartbeat = make(zmq.ROUTER, "heartbeat", MAX_REQUEST_BYTES)
             heartbeat_port = _bind(heartbeat, config.host, address, config.heartbeat_port, "heartbeat")
     except BaseException:
         http.close()
@@ -76,7 +95,22 @@ def open_sockets(config: ControllerConfig) -> Sockets:
         reply_port=reply_port,
         heartbeat_port=heartbeat_port,
         pull_port=pull_port,
+        curve=curve,
+        zap=zap,
+        watchers=watchers,
     )
+
+
+def _key(config: ControllerConfig) -> ClusterKey:
+    assert config.cluster_key is not None
+    return ClusterKey(config.cluster_key.get_secret_value())
+
+
+def _bind_zap(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    zap = context.socket(zmq.REP)
+    zap.setsockopt(zmq.LINGER, 0)
+    zap.bind("inproc://zeromq.zap.01")
+    return zap
 
 
 def _address(host: str) -> str:

@@ -78,6 +78,9 @@ class InstanceView(BaseModel):
     last_contact_age_s: float
     member_for_s: float
     behind_bytes: int = Field(description="Notices sent to the instance that it has not reported as received yet.")
+    corrupt_chunks: int = Field(
+        description="Chunks that others report to have got from this instance with wrong bytes: look at its memory."
+    )
     statistics: StatisticsView
     incompatible_count: int
     incompatible_with: list[IncompatibleView] = Field(description=f"The first {MAX_INCOMPATIBLE_LISTED}.")
@@ -214,6 +217,7 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
         last_contact_age_s=max(0.0, now_s - instance.last_contact_s),
         member_for_s=max(0.0, now_s - instance.registered_at_s),
         behind_bytes=instance.downstream.outstanding_bytes,
+        corrupt_chunks=instance.corrupt_chunks,
         statistics=StatisticsView(
             published_chunks=statistics.published_chunks,
             replica_chunks=statistics.replica_chunks,

@@ -10,8 +10,7 @@ LONGEST_PAUSE_S = 15.0
 
 class Breaker:
     """Closed while things work. A fault opens it for a pause that doubles with each further fault; after the pause one
-    probe is let
-    through (half open), whose result closes it or opens it again.
+    probe is let through (half open), whose result closes it or opens it again.
 
     Owned by one thread.
     """
@@ -34,8 +33,13 @@ class Breaker:
     def succeeded(self) -> None:
         self._pause_s, self._probing = 0.0, False
 
-    def failed(self, now_s: float) -> None:
-        self._pause_s = min(self._pause_s * 2 or FIRST_PAUSE_S, LONGEST_PAUSE_S)
+    def undecided(self) -> None:
+        """The request ended without saying anything about the peer, such as for lack of time: another may probe."""
+        self._probing = False
+
+    def failed(self, now_s: float, *, again: bool = False) -> None:
+        """A request met a fault. `again`: the peer is known for it, so it gets the longest pause at once."""
+        self._pause_s = LONGEST_PAUSE_S if again else min(self._pause_s * 2 or FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._open_until_s = now_s + self._pause_s
         self._probing = False
 

@@ -1,8 +1,7 @@
 """The format of an instance's KV: everything that must be equal before two instances may exchange bytes.
 
 Two instances whose formats differ never meet in a lookup, and `differences` names the fields, so that "zero hits, no
-error"
-cannot happen: the directory, both nodes' logs and the API carry the field.
+error" cannot happen: the directory, both nodes' logs and the API carry the field.
 """
 
 from __future__ import annotations

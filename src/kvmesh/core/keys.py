@@ -1,10 +1,9 @@
 """Chunk keys: the names under which KV chunks are published.
 
 A key is the serving engine's own chained block hash of the chunk's last block, followed by the KV cache group's index
-in
-four bytes (vLLM's `OffloadKey`). Tenant salt, LoRA adapter and multimodal inputs are already part of the chain, so
-equal keys mean equal tokens in an equal context. What the keys do not cover (model, dtype, layout) is the format's job: see
-`format`.
+in four bytes (vLLM's `OffloadKey`). Tenant salt, LoRA adapter and multimodal inputs are already part of the chain, so
+equal keys mean equal tokens in an equal context. What the keys do not cover (model, dtype, layout) is the format's
+job: see `format`.
 """
 
 from __future__ import annotations

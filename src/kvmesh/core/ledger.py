@@ -1,9 +1,8 @@
 """The slot ledger: what each slot of a host pool holds right now, in memory shared by an engine and its node.
 
 Publishing is a one-way valve instead of a lock. The engine bumps a slot's generation *before* the slot may be reused;
-a node
-that sends a slot looks at the generation before and after, and says STALE when it moved. Readers never pin, owners
-never wait.
+a node that sends a slot looks at the generation before and after, and says STALE when it moved. Readers never pin,
+owners never wait.
 
 Layout (little endian, 64-bit words): a header of one 64-byte line, then one record of 96 bytes per slot.
 
@@ -14,11 +13,10 @@ Layout (little endian, 64-bit words): a header of one 64-byte line, then one rec
     word 8-9    checksum, 16 bytes     node
     word 10-11  reserved, zero
 
-Each word has one writing process and is written in one store, so no lock is needed. The order of the stores carries the
-meaning: retract = generation becomes even; publish = key first, then generation becomes odd; checksum first, then its
-generation. x86-64 keeps the order of stores and of loads; on weaker machines the system calls around every use (a send
-on
-one side, a message on the other) are full barriers.
+Each word has one writing process and is written in one store, so no lock is needed. The order of the stores carries
+the meaning: retract = generation becomes even; publish = key first, then generation becomes odd; checksum first, then
+its generation. x86-64 keeps the order of stores and of loads; on weaker machines the system calls around every use (a
+send on one side, a message on the other) are full barriers.
 """
 
 from __future__ import annotations
@@ -58,8 +56,7 @@ class SlotLedger:
     """The ledger of one pool. One owner process publishes and retracts; any process that mapped it reads.
 
     Thread-safe for readers. `publish`, `retract` and `retract_all` belong to one thread of the owner (the scheduler
-    thread);
-    `set_checksum` to one thread of the node.
+    thread); `set_checksum` to one thread of the node at a time.
     """
 
     def __init__(self, fd: int, *, slots: int, chunk_bytes: int, fresh: bool) -> None:

@@ -2,10 +2,8 @@
 breakers.
 
 A fetch wants a run of chunks in prefix order. A chunk is of use only when all before it arrive too, so the plan stops
-at the first chunk
-that nobody usable holds. Among holders the one with fewer bytes under way wins, and a run stays with its holder while
-that
-holder has the next chunk: long runs cost fewer requests and arrive in order.
+at the first chunk that nobody usable holds. Among holders the one with fewer bytes under way wins, and a run stays
+with its holder while that holder has the next chunk: long runs cost fewer requests and arrive in order.
 """
 
 from __future__ import annotations

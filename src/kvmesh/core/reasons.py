@@ -31,6 +31,10 @@ class MissReason(str, Enum):
     """The peer could not be connected to."""
     PEER_LOST = "peer_lost"
     """The connection broke in the middle of the fetch."""
+    UNAUTHENTICATED = "unauthenticated"
+    """The peer and this node do not take each other for members of one cluster (its key, a certificate), or what came
+    was changed on the way.
+    """
     PROTOCOL = "protocol"
     """The peer sent something that the protocol does not allow; its connection was closed."""
     BREAKER_OPEN = "breaker_open"
@@ -48,7 +52,7 @@ class MissReason(str, Enum):
     BELOW_MINIMUM = "below_minimum"
     """The peers hold fewer tokens of the prompt than `min_retrieve_tokens`."""
     DRAINING = "draining"
-    """The fetch was given up because the pool is being reset or the engine is stopping."""
+    """Nothing is fetched because the pool is being reset, or the engine is stopping."""
     TRUNCATED = "truncated"
     """An earlier chunk of the same prefix failed, so this one could not have been used."""
 
@@ -58,6 +62,7 @@ PEER_FAULTS = frozenset(
         MissReason.PEER_STALLED,
         MissReason.PEER_UNREACHABLE,
         MissReason.PEER_LOST,
+        MissReason.UNAUTHENTICATED,
         MissReason.PROTOCOL,
         MissReason.CORRUPT,
     }

@@ -1,15 +1,17 @@
 """The directory replica: which instances hold which chunks, as far as this process has heard.
 
 Pure state: no clock, no I/O. A node feeds it what the directory sends; the controller keeps one per format as its
-registry of
-inventories. A replica is a hint. It may name a holder that no longer has the chunk (the fetch then misses), and it may
-not
-know a holder yet (the chunk is then computed); neither can cause wrong bytes.
+registry of inventories. A replica is a hint. It may name a holder that no longer has the chunk (the fetch then
+misses), and it may not know a holder yet (the chunk is then computed); neither can cause wrong bytes.
 
 Consistency rests on two numbers. An *incarnation* names one life of an instance: entries of an older life vanish at
 once. A
 *sequence number* orders a publisher's changes: whatever does not continue the sequence is a gap, the publisher's
 changes are then ignored, and a snapshot (its whole inventory) puts things right.
+
+A holder that delivered bad bytes for a key, or again and again nothing, is put in *quarantine* for that key: it is not
+named as its holder until it announces the key anew or starts a new life. A snapshot says again what it said before, so
+it lifts nothing.
 
 Not thread-safe: one thread owns it.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import NamedTuple
 
 from kvmesh.core.keys import ChunkKey
@@ -42,21 +45,28 @@ class ReplicaStatistics(NamedTuple):
     """Members whose inventory is unknown until a snapshot has come."""
     keys: int
     entries: int
-    """Pairs of key and holder."""
+    """Pairs of key and holder, those in quarantine included."""
+    quarantined: int
+    """Pairs that are not used."""
 
 
 NOTHING = Applied([], [])
+
+MAX_MEMBER_KEYS = 4_000_000
+"""What one member can make us remember (under 700 MB): further keys are not taken in, which costs only hits."""
 
 
 class _Member:
     """One incarnation's inventory. `bit` is its bit in the holder masks."""
 
-    __slots__ = ("bit", "incarnation", "keys", "sequence", "snapshot")
+    __slots__ = ("bit", "incarnation", "keys", "quarantined", "sequence", "snapshot")
 
     def __init__(self, incarnation: str, bit: int) -> None:
         self.incarnation = incarnation
         self.bit = bit
         self.keys: set[ChunkKey] = set()
+        self.quarantined: set[ChunkKey] = set()
+        """Keys out of `keys` for which it is not used; their masks lack its bit."""
         self.sequence: int | None = None
         self.snapshot: set[ChunkKey] | None = None
         """Parts of a snapshot received so far; None when none is under way."""
@@ -65,7 +75,8 @@ class _Member:
 class Replica:
     """Holders by key, inventories by instance."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_member_keys: int = MAX_MEMBER_KEYS) -> None:
+        self._max_member_keys = max_member_keys
         self._members: dict[str, _Member] = {}
         self._names: dict[int, str] = {}
         """Instance id by bit number."""
@@ -150,13 +161,30 @@ class Replica:
             member.snapshot = set()
         if member.snapshot is None:
             return Applied([], [], gap=True)
-        member.snapshot.update(ChunkKey(key) for key in keys)
+        member.snapshot.update(ChunkKey(key) for key in islice(keys, self._max_member_keys - len(member.snapshot)))
         if not last:
             return NOTHING
         whole, member.snapshot, member.sequence = member.snapshot, None, sequence
         vanished = self._remove(member, member.keys - whole)
         appeared = self._add(member, whole - member.keys)
         return Applied(appeared, vanished)
+
+    def quarantine(self, instance_id: str, incarnation: str, key: bytes) -> Applied:
+        """Stop naming this life of the instance as a holder of `key`, until it announces the key anew.
+
+        Strangers, older lives and keys that the instance does not hold are ignored.
+        """
+        member = self._members.get(instance_id)
+        if member is None or member.incarnation != incarnation or key not in member.keys:
+            return NOTHING
+        known = ChunkKey(key)
+        member.quarantined.add(known)
+        return Applied([], [known] if self._clear(member, known) else [])
+
+    def quarantined(self, instance_id: str) -> AbstractSet[ChunkKey]:
+        """Keys for which this instance is not used."""
+        member = self._members.get(instance_id)
+        return frozenset() if member is None else member.quarantined
 
     def mark_stale(self, instance_id: str) -> None:
         """Treat the instance's inventory as behind: its next change is a gap. Entries stay as hints meanwhile."""
@@ -212,6 +240,7 @@ class Replica:
             waiting=sum(1 for member in self._members.values() if member.sequence is None),
             keys=len(self._masks),
             entries=sum(len(member.keys) for member in self._members.values()),
+            quarantined=sum(len(member.quarantined) for member in self._members.values()),
         )
 
     def check_integrity(self) -> None:
@@ -222,34 +251,44 @@ class Replica:
             assert self._names[member.bit.bit_length() - 1] == instance_id
             assert not bits & member.bit, f"two members share a bit: {instance_id}"
             bits |= member.bit
-            for key in member.keys:
+            assert member.quarantined <= member.keys
+            for key in member.keys - member.quarantined:
                 expected[key] = expected.get(key, 0) | member.bit
         assert expected == self._masks
 
     def _add(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
-        masks, bit, own = self._masks, member.bit, member.keys
+        masks, bit, own, limit = self._masks, member.bit, member.keys, self._max_member_keys
+        quarantined = member.quarantined
         appeared = []
         for raw in keys:
             key = ChunkKey(raw)
+            if len(own) >= limit and key not in own:
+                continue
             mask = masks.get(key, 0)
             if not mask:
                 appeared.append(key)
             masks[key] = mask | bit
             own.add(key)
+            quarantined.discard(key)
         return appeared
 
     def _remove(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
-        masks, bit, own = self._masks, member.bit, member.keys
         vanished = []
         for raw in list(keys):
             key = ChunkKey(raw)
-            if key not in own:
+            if key not in member.keys:
                 continue
-            own.remove(key)
-            mask = masks[key] & ~bit
-            if mask:
-                masks[key] = mask
-            else:
-                del masks[key]
+            member.keys.remove(key)
+            member.quarantined.discard(key)
+            if self._clear(member, key):
                 vanished.append(key)
         return vanished
+
+    def _clear(self, member: _Member, key: ChunkKey) -> bool:
+        """Take the member's bit out of the key's mask. True when that was the last one."""
+        before = self._masks.get(key, 0)
+        after = before & ~member.bit
+        if after:
+            self._masks[key] = after
+            return False
+        return self._masks.pop(key, None) is not None

@@ -1,9 +1,8 @@
 """A node's connection to the controller, as specified in `kvmesh.wire.directory`.
 
 One DEALER for requests and the fan-out, one PUSH for our own events, and (when configured) a DEALER for heartbeats.
-ZMQ reconnects
-below us; we only have to notice silence (no acknowledged heartbeat) and strangers (a restarted controller does not
-know us).
+ZMQ reconnects below us; we only have to notice silence (no acknowledged heartbeat) and strangers (a restarted
+controller does not know us).
 """
 
 from __future__ import annotations
@@ -13,19 +12,28 @@ import logging
 import time
 from collections.abc import Coroutine
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from kvmesh.directory.base import DirectoryListener
+from kvmesh.directory.handshakes import Handshakes
+from kvmesh.logs import LogLimiter
 from kvmesh.wire import directory as wire
+from kvmesh.wire.auth import ClusterKey
+from kvmesh.wire.curve import CurveKeys, secure_node
 
 log = logging.getLogger("kvmesh.directory")
 
 BATCH_DELAY_S = 0.002
 """Changes that come within this time travel in one batch."""
-MAX_FRAME_BYTES = 64 * 1024 * 1024
-"""A Registered names every member: about 400 bytes each."""
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""A Registered names every member: under 1 kB each."""
+MAX_MEMBERS = 20_000
+"""As many as a controller admits. Whoever names more is not believed."""
+RECEIVE_QUEUE_FRAMES = 50
+"""Beyond so many unread frames the controller has to wait, and sends snapshots later."""
+SHORTEST_INTERVAL_S, LONGEST_INTERVAL_S = 0.05, 60.0
+"""Between heartbeats, whatever the controller asks for."""
 SEND_QUEUE_FRAMES = 1000
 """Beyond so many unsent frames events are dropped; the gap then asks for a snapshot."""
 SNAPSHOT_RETRY_S = 1.0
@@ -43,10 +51,13 @@ class ControllerClient:
         heartbeat_url: str | None,
         heartbeat_interval_s: float,
         listener: DirectoryListener,
+        cluster_key: ClusterKey | None = None,
     ) -> None:
         self._listener = listener
         self._interval_s = heartbeat_interval_s
         self._context = zmq.asyncio.Context()
+        self._curve = None if cluster_key is None else CurveKeys.derive(cluster_key)
+        self._handshakes = Handshakes(self._context, has_key=cluster_key is not None)
         self._push = self._socket(zmq.PUSH, pull_url)
         self._dealer = self._socket(zmq.DEALER, reply_url)
         self._beat = self._socket(zmq.DEALER, heartbeat_url) if heartbeat_url else self._dealer
@@ -68,16 +79,22 @@ class ControllerClient:
         """When a snapshot of an instance was last asked for."""
         self._pending = asyncio.Event()
         self._refusal = ""
+        self._limiter = LogLimiter()
+        self._drop_timer: asyncio.TimerHandle | None = None
         self.dropped_frames = 0
 
     def _socket(self, kind: int, url: str) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
         socket.linger = 0
         socket.sndhwm = SEND_QUEUE_FRAMES
+        socket.rcvhwm = RECEIVE_QUEUE_FRAMES
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a controller that is away
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        if self._curve is not None:
+            secure_node(socket, self._curve)
+        self._handshakes.watch(socket, url)
         socket.connect(url)
         return socket
 
@@ -88,6 +105,7 @@ class ControllerClient:
         tasks: list[Coroutine[None, None, None]] = [self._heartbeats(), self._publishes(), self._receives(self._dealer)]
         if self._beat is not self._dealer:
             tasks.append(self._receives(self._beat))
+        tasks += self._handshakes.tasks()
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -157,16 +175,24 @@ class ControllerClient:
             frames = await socket.recv_multipart()
             try:
                 notice = wire.notice_decoder.decode(frames[-1])
-            except msgspec.MsgspecError as error:
-                log.error("controller sent a malformed message bytes=%d error=%r", len(frames[-1]), str(error))
+            except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+                suppressed = self._limiter.allow("malformed", time.monotonic())
+                if suppressed is not None:
+                    log.error(
+                        "controller sent a malformed message bytes=%d error=%r suppressed=%d",
+                        len(frames[-1]),
+                        str(error)[:500],
+                        suppressed,
+                    )
                 continue
             self._answered_at_s = time.monotonic()
             if not isinstance(notice, wire.Registered | wire.HeartbeatAck | wire.Refused):
                 self._received_bytes += len(frames[-1])
             try:
                 self._on_notice(notice)
-            except Exception:  # a member that cannot be used costs itself, not the node
-                log.exception("notice could not be applied kind=%s", type(notice).__name__)
+            except Exception:  # whatever it is, it costs this notice and not the node
+                if self._limiter.allow("notice", time.monotonic()) is not None:
+                    log.exception("notice could not be applied kind=%s", type(notice).__name__)
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -204,10 +230,14 @@ class ControllerClient:
         self._refusal = ""
         self._registered = True
         self._registration, self._received_bytes = notice.registration, 0
-        self._interval_s = notice.heartbeat_interval_s or self._interval_s
+        asked_s = notice.heartbeat_interval_s or self._interval_s
+        self._interval_s = min(max(asked_s, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
         if self._controller and self._controller != notice.controller_incarnation:
             self._unconfirmed = set(self._members)
-            asyncio.get_running_loop().call_later(notice.instance_timeout_s, self._drop_unconfirmed)
+            if self._drop_timer is not None:
+                self._drop_timer.cancel()
+            loop = asyncio.get_running_loop()
+            self._drop_timer = loop.call_later(notice.instance_timeout_s, self._drop_unconfirmed)
         self._controller = notice.controller_incarnation
         self._set_connected(True)
         named = {member.instance_id for member in notice.members}
@@ -227,12 +257,21 @@ class ControllerClient:
         assert self._member is not None
         if member.instance_id == self._member.instance_id:
             return
+        if len(self._members) >= MAX_MEMBERS and member.instance_id not in self._members:
+            if self._limiter.allow("members", time.monotonic()) is not None:
+                log.error("controller names more than %d members; the others are not used", MAX_MEMBERS)
+            return
         self._unconfirmed.discard(member.instance_id)
         self._members[member.instance_id] = member.incarnation
-        self._listener.on_member_up(member)
+        try:
+            self._listener.on_member_up(member)
+        except Exception:  # a member that cannot be used costs itself, not those named after it
+            if self._limiter.allow("member", time.monotonic()) is not None:
+                log.exception("member cannot be used instance=%s", member.instance_id)
 
     def _member_down(self, instance_id: str, reason: str) -> None:
         self._unconfirmed.discard(instance_id)
+        self._asked.pop(instance_id, None)
         incarnation = self._members.pop(instance_id)
         self._listener.on_member_down(instance_id, incarnation, reason)
 
@@ -258,6 +297,8 @@ class ControllerClient:
             self._send(self._push, snapshot)
 
     def _ask_snapshot(self, instance_id: str, incarnation: str) -> None:
+        if instance_id not in self._members:
+            return
         now_s = time.monotonic()
         if now_s - self._asked.get(instance_id, -SNAPSHOT_RETRY_S) < SNAPSHOT_RETRY_S:
             return

@@ -10,6 +10,6 @@ appears whole or not at all, and is left alone when it is already what was asked
 from kvmesh.errors import ModelError
 from kvmesh.models.folder import cache_dir
 from kvmesh.models.smollm2 import make_smollm2
-from kvmesh.models.tiny import BENCH, TINY, TinyShape, make_tiny_llama
+from kvmesh.models.tiny import BENCH, THIN, TINY, TinyShape, make_tiny_llama
 
-__all__ = ["BENCH", "TINY", "ModelError", "TinyShape", "cache_dir", "make_smollm2", "make_tiny_llama"]
+__all__ = ["BENCH", "THIN", "TINY", "ModelError", "TinyShape", "cache_dir", "make_smollm2", "make_tiny_llama"]

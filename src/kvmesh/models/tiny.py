@@ -62,6 +62,9 @@ TINY: Final = TinyShape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads
 BENCH: Final = TinyShape(layers=8, hidden=256, intermediate=512, heads=8, kv_heads=8, head_dim=128)
 """Much KV for little arithmetic, nearer to a large model on a GPU: 32,768 bytes of KV per token in bfloat16."""
 
+THIN: Final = TinyShape(layers=8, hidden=256, intermediate=512, heads=8, kv_heads=4, head_dim=64)
+"""As BENCH with a quarter of its KV: 8,192 bytes per token in bfloat16, like models with few KV heads."""
+
 # Attention scores of standard deviation gain^2 = 2.5 leave about n / exp(2.5^2) of n tokens with weight: 8 of 4,000.
 # Their mean is small, so its way back into the residual stream is amplified, by less the more layers add up there.
 # The best of a few settings tried, on one seed and two prompts of random tokens (300, and 3,000 or 4,000): at least

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
+import resource
 import signal
 import socket
 import sys
 
 from kvmesh.logs import configure_logging
 from kvmesh.node.engine_link import EngineLink
+
+ENOUGH_DESCRIPTORS = 65_536
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many descriptors as this user may have: a connection costs one, and 1,024 is a common soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # not allowed here; then it stays as it is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, ENOUGH_DESCRIPTORS)), hard))
 
 
 def main() -> int:
@@ -22,6 +33,7 @@ def main() -> int:
     configure_logging(arguments.log_level, process="node")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the engine decides when we end
     gc.freeze()
+    raise_descriptor_limit()
     connection = socket.socket(fileno=arguments.link_fd)
     return asyncio.run(EngineLink(connection).serve())
 

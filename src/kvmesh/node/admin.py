@@ -50,6 +50,11 @@ class NodeCollector(Collector):
         for name, text, value in (
             ("kvmesh_node_published_chunks", "Chunks this instance publishes now.", now.published_chunks),
             ("kvmesh_node_replica_chunks", "Chunks that others are known to hold.", now.replica_chunks),
+            (
+                "kvmesh_node_quarantined_chunks",
+                "Pairs of chunk and holder not used, because what came was bad.",
+                self._node.replica.statistics().quarantined,
+            ),
             ("kvmesh_node_peers", "Other instances with our format.", len(self._node.peers)),
             ("kvmesh_node_directory_connected", "1 while the directory answers.", int(self._node.directory_connected)),
         ):

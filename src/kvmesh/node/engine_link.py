@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Coroutine
 
 import msgspec
 
@@ -22,6 +23,8 @@ log = logging.getLogger("kvmesh.node")
 
 VISIBLE_BATCH = 20_000
 """Keys per Visible message: a bulk change reaches the engine in pieces that each take it a millisecond or two."""
+MAX_UNSENT_BYTES = 32 * 1024 * 1024
+"""What may wait for an engine that does not read. Beyond it changes are dropped, and it gets the whole set later."""
 PARENT_POLL_S = 1.0
 
 
@@ -33,22 +36,28 @@ class EngineLink(NodeListener):
         self._writer: asyncio.StreamWriter | None = None
         self._node: Node | None = None
         self._jobs: set[asyncio.Task[None]] = set()
+        """Fetches that are out."""
+        self._others: set[asyncio.Task[None]] = set()
+        self._behind = False
+        """Changes were dropped; `_catch_up` waits until the engine reads again."""
+        self._untold: DirectoryState | None = None
 
     async def serve(self) -> int:
         """Run a node for the engine; returns the process's exit status. Ends with the link or the engine."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
+        self._writer.transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         try:
             start = link.to_node_decoder.decode(await read_frame(reader, link.MAX_FRAME_BYTES) or b"")
             if not isinstance(start, link.Start):
                 raise msgspec.ValidationError(f"Start expected, {type(start).__name__} came")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.error("engine sent no valid start: %s", error)
             return 2
         try:
             node = self._make_node(start)
             member = node.start()
-        except (KVMeshError, OSError, ValueError) as error:
-            self._send(link.Failed(str(error)))
+        except Exception as error:  # the engine's person shall read it, whatever it is
+            self._send(link.Failed(str(error) if isinstance(error, KVMeshError) else repr(error)))
             await self._flush()
             return 1
         self._node = node
@@ -86,47 +95,53 @@ class EngineLink(NodeListener):
     # -- from the engine -----------------------------------------------------------------------------------------------
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            try:
-                frame = await read_frame(reader, link.MAX_FRAME_BYTES)
-                if frame is None:
-                    return
-                message = link.to_node_decoder.decode(frame)
-            except (OSError, ValueError) as error:
-                log.error("engine link broke: %s", error)
-                return
-            self._on_message(message)
+        try:
+            while (frame := await read_frame(reader, link.MAX_FRAME_BYTES)) is not None:
+                self._on_message(link.to_node_decoder.decode(frame))
+        except (OSError, ValueError, RecursionError) as error:
+            log.error("engine link broke: %s", error)
 
     def _on_message(self, message: link.ToNode) -> None:
+        """Raises ValueError for what no engine would say."""
         assert self._node is not None
         match message:
             case link.Publish():
+                self._check_slots(message.slots)
                 self._node.inventory.published(message.slots, fetched=message.fetched)
             case link.Retract():
+                self._check_slots(message.slots)
                 self._node.inventory.retracted(message.slots)
             case link.Fetch():
-                task = asyncio.create_task(self._fetch(self._node, message))
-                self._jobs.add(task)
-                task.add_done_callback(self._jobs.discard)
+                self._check_slots(message.slots)
+                if not len(message.keys) == len(message.slots) == len(set(message.slots)):
+                    raise ValueError(f"fetch of {len(message.keys)} keys into {len(message.slots)} slots")
+                _start(self._fetch(self._node, message), self._jobs)
             case link.GiveUp():
-                task = asyncio.create_task(self._give_up(self._node))
-                self._jobs.add(task)
-                task.add_done_callback(self._jobs.discard)
+                _start(self._give_up(self._node), self._others)
             case link.Start():
                 log.error("engine sent a second start; ignored")
 
+    def _check_slots(self, slots: list[int]) -> None:
+        assert self._node is not None
+        if slots and max(slots) >= self._node.slots:
+            raise ValueError(f"slot {max(slots)} of a pool with {self._node.slots} slots")
+
     async def _fetch(self, node: Node, job: link.Fetch) -> None:
-        result = await node.fetch(job.request_id, job.keys, job.slots, job.timeout_s)
+        try:
+            result = await node.fetch(job.request_id, job.keys, job.slots, job.timeout_s)
+        except Exception:
+            log.exception("fetch failed in an unforeseen way, so its slots are not safe; node ends")
+            self._close()
+            return
         reasons = [outcome.reason for outcome in result.outcomes]
         fetched_bytes = reasons.count(None) * node.chunk_bytes
         self._send(link.FetchDone(job.job_id, reasons, fetched_bytes, result.seconds, result.holders))
 
     async def _give_up(self, node: Node) -> None:
         """End the jobs that are out, wait for them, then accept new ones."""
-        running = self._jobs - {task for task in [asyncio.current_task()] if task is not None}
         node.fetcher.give_up()
-        if running:
-            await asyncio.wait(running)
+        while self._jobs:
+            await asyncio.wait(set(self._jobs))
         node.fetcher.resume()
 
     async def _watch_parent(self, engine_pid: int) -> None:
@@ -139,15 +154,50 @@ class EngineLink(NodeListener):
     # -- NodeListener --------------------------------------------------------------------------------------------------
 
     def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
+        if self._is_behind():
+            return  # the whole set follows
+        self._tell_visible(appeared, vanished)
+
+    def on_directory(self, state: DirectoryState) -> None:
+        if self._is_behind():
+            self._untold = state
+            return
+        self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _tell_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
         size = VISIBLE_BATCH
         for start in range(0, max(len(appeared), len(vanished)), size):
             batch = slice(start, start + size)
             self._send(link.Visible(list[bytes](appeared[batch]), list[bytes](vanished[batch]), reset=False))
 
-    def on_directory(self, state: DirectoryState) -> None:
-        self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+    def _is_behind(self) -> bool:
+        """Whether the engine has stopped reading; if so, see to it that it learns everything when it goes on."""
+        if self._behind or self._writer is None or self._node is None:
+            return self._behind
+        if self._writer.transport.get_write_buffer_size() <= MAX_UNSENT_BYTES:
+            return False
+        self._behind = True
+        log.warning("engine does not read its link; it learns what has changed when it does")
+        _start(self._catch_up(self._node), self._others)
+        return True
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    async def _catch_up(self, node: Node) -> None:
+        try:
+            await self._flush()
+        except OSError:
+            return  # the reading task sees the same end
+        self._behind = False
+        self._send(link.Visible([], [], reset=True))
+        self._tell_visible(list(node.replica.keys()), [])
+        if self._untold is not None:
+            state, self._untold = self._untold, None
+            self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
     def _send(self, message: link.Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -156,3 +206,10 @@ class EngineLink(NodeListener):
     async def _flush(self) -> None:
         if self._writer is not None:
             await self._writer.drain()
+
+
+def _start(work: Coroutine[None, None, None], tasks: set[asyncio.Task[None]]) -> None:
+    """Run `work` as a task and keep it among `tasks` until it has ended."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

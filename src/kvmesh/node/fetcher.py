@@ -1,8 +1,8 @@
 """Fetch jobs: plan whom to ask, run the transports in threads, report one outcome per chunk.
 
 A job ends exactly once, when nothing can write into its slots any more: every transport that was given one of them has
-returned. The job's deadline
-bounds all of it. When a holder fails, what it still owed is planned again with the others, as long as time is left.
+returned. The job's deadline bounds all of it. When a holder fails, what it still owed is planned again with the
+others, as long as time is left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvmesh.core.keys import ChunkKey, group_of
 from kvmesh.core.plan import FetchItem, Plan, Run, plan_fetch
 from kvmesh.core.reasons import PEER_FAULTS, MissReason
 from kvmesh.core.replica import Replica
-from kvmesh.node.peers import Peer, Peers
+from kvmesh.node.peers import CORRUPT_LIMIT, Peer, Peers
 from kvmesh.transfer.base import ChunkOutcome, Deadline
 
 log = logging.getLogger("kvmesh.fetch")
@@ -26,6 +26,8 @@ log = logging.getLogger("kvmesh.fetch")
 MAX_THREADS = 16
 ROUNDS = 3
 """Plans per job: the first, and at most two more for what failed."""
+FAIR_TIME_S = 0.5
+"""A peer that delivers nothing until a deadline is at fault only if it had so much time."""
 
 
 class JobResult(NamedTuple):
@@ -35,6 +37,8 @@ class JobResult(NamedTuple):
     holders: list[str]
     """Instances that supplied chunks, in order of first use."""
     seconds: float
+    corrupt: dict[str, int]
+    """Chunks that arrived with wrong bytes, by the instance that delivered them."""
 
     def fetched(self) -> list[ChunkOutcome]:
         return [outcome for outcome in self.outcomes if outcome.reason is None]
@@ -51,14 +55,30 @@ class Fetcher:
     """Runs fetch jobs for one pool. Lives on the node's event loop; transports run in its threads."""
 
     def __init__(
-        self, replica: Replica, peers: Peers, *, chunk_bytes: int, stall_s: float, abort: Callable[[], None]
+        self,
+        replica: Replica,
+        peers: Peers,
+        *,
+        chunk_bytes: int,
+        stall_s: float,
+        abort: Callable[[], None],
+        quarantine: Callable[[str, str, ChunkKey], None],
     ) -> None:
-        """`abort` ends the process at once; called when a transport can no longer be trusted with slots."""
+        """
+        Args:
+            replica: says who holds what.
+            peers: whom we may ask, and how.
+            chunk_bytes: size of a chunk.
+            stall_s: longest time without a byte from a peer.
+            abort: ends the process at once; called when a transport can no longer be trusted with slots.
+            quarantine: (instance id, incarnation, key) is not to be asked again; called on the loop.
+        """
         self._replica = replica
         self._peers = peers
         self._chunk_bytes = chunk_bytes
         self._stall_s = stall_s
         self._abort = abort
+        self._quarantine = quarantine
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="fetch")
         self._active: set[Peer] = set()
         self._giving_up = False
@@ -70,6 +90,7 @@ class Fetcher:
         decided: dict[int, ChunkOutcome] = {}
         holders: dict[str, None] = {}
         excluded: set[str] = set()
+        corrupt: dict[str, int] = {}
         wanted = list(items)
         for _ in range(ROUNDS):
             plan = self._plan(wanted, excluded)
@@ -88,10 +109,12 @@ class Fetcher:
                         holders[run.holder] = None
                     elif outcome.reason is not MissReason.TRUNCATED:
                         excluded.add(run.holder)
+                    if outcome.reason is MissReason.CORRUPT:
+                        corrupt[run.holder] = corrupt.get(run.holder, 0) + 1
             wanted = [item for item in items if decided[item.slot].reason is not None]
             if not wanted:
                 break
-        return JobResult([decided[item.slot] for item in items], list(holders), time.monotonic() - started_s)
+        return JobResult([decided[item.slot] for item in items], list(holders), time.monotonic() - started_s, corrupt)
 
     def give_up(self) -> None:
         """End all running jobs at once by giving their peers new transports and closing the old ones."""
@@ -128,6 +151,7 @@ class Fetcher:
         peer = self._peers.get(run.holder)
         if peer is None:
             return [ChunkOutcome(item, MissReason.PEER_UNREACHABLE, None) for item in run.items]
+        started_s = time.monotonic()
         size = len(run.items) * self._chunk_bytes
         peer.add_load(size)
         peer.breaker.begin()
@@ -145,15 +169,30 @@ class Fetcher:
         finally:
             peer.add_load(-size)
             self._active.discard(peer)
-        self._judge(peer, outcomes)
+        self._judge(peer, outcomes, time.monotonic() - started_s)
         return outcomes
 
-    def _judge(self, peer: Peer, outcomes: Iterable[ChunkOutcome]) -> None:
-        faults = {outcome.reason.value for outcome in outcomes if outcome.reason in PEER_FAULTS and outcome.reason}
-        if not faults or self._giving_up:
+    def _judge(self, peer: Peer, outcomes: Sequence[ChunkOutcome], seconds: float) -> None:
+        """Learn from a run: what is not to be asked for again, and whether the peer is to be left alone."""
+        if self._giving_up:
+            peer.breaker.undecided()
+            return
+        for item, reason, _ in outcomes:
+            if peer.note(item.key, reason):
+                self._quarantine(peer.member.instance_id, peer.member.incarnation, item.key)
+        reasons = {outcome.reason for outcome in outcomes}
+        faults = {reason.value for reason in reasons if reason is not None and reason in PEER_FAULTS}
+        if not faults and MissReason.DEADLINE in reasons and None not in reasons:
+            # Not a byte of use in all that time. Without it, a peer whose stall time is longer than our deadlines
+            # would cost every request its deadline.
+            if seconds < FAIR_TIME_S:
+                peer.breaker.undecided()
+                return
+            faults.add(MissReason.DEADLINE.value)
+        if not faults:
             peer.breaker.succeeded()
             return
-        peer.breaker.failed(time.monotonic())
+        peer.breaker.failed(time.monotonic(), again=peer.corrupt_chunks >= CORRUPT_LIMIT and "corrupt" in faults)
         log.warning(
             "peer failed instance=%s address=%s reasons=%s; leaving it alone for a moment",
             peer.member.instance_id,

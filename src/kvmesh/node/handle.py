@@ -1,13 +1,11 @@
 """The engine's end of the link: starts the node, watches it, restarts it, and answers lookups from memory.
 
 Threads: one reads the link and looks after the process, one writes. What the scheduler thread calls (`is_visible`,
-`publish`,
-`retract`, `fetch`, `take_finished`) neither waits nor does I/O: it reads a set or appends to a queue.
+`publish`, `retract`, `fetch`, `take_finished`) neither waits nor does I/O: it reads a set or appends to a queue.
 
 A node that dies is absent until it is back: nothing is visible, and jobs that were out fail with NODE_DOWN *after* the
-process is
-known to be dead, because only then nothing writes into their slots any more. A node that does not finish a job in time
-is killed.
+process is known to be dead, because only then nothing writes into their slots any more. A node that does not finish a
+job in time is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ import msgspec
 from kvmesh.core.format import Format
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
-from kvmesh.errors import KVMeshError, StartupError
+from kvmesh.errors import StartupError
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.wire import link
 from kvmesh.wire.framing import LENGTH_BYTES, FrameBuffer, pack_frame, parse_length
@@ -45,6 +43,9 @@ DEAF_S = 10.0
 """How long the node may leave its link unread before it is killed: nothing piles up behind a stopped node for ever."""
 FIRST_RESTART_DELAY_S = 0.2
 LONGEST_RESTART_DELAY_S = 5.0
+MAX_OUTGOING = 10_000
+"""Messages that may wait for the node. Beyond them it is told later, in one go, which slots to look at again."""
+MAX_SLOTS_PER_MESSAGE = 100_000
 WAKE_S = 1.0
 """The reading thread looks at deadlines this often while nothing comes."""
 
@@ -89,11 +90,13 @@ class NodeHandle:
         *,
         log_level: str = "INFO",
     ) -> None:
+        # Our own descriptors: whoever opened the pool may close theirs before a node has to be started again.
+        self._segments = tuple(link.Segment(os.dup(fd), offset, length) for fd, offset, length in segments)
         self._start = link.Start(
             config=config_wire,
             format=kv_format,
             ledger_fd=ledger.fd,
-            segments=tuple(link.Segment(*segment) for segment in segments),
+            segments=self._segments,
             engine_pid=os.getpid(),
         )
         self._log_level = log_level
@@ -107,13 +110,14 @@ class NodeHandle:
         """Number of nodes lost so far. A message meant for an earlier node is never sent to a later one."""
         self._jobs: dict[int, _Job] = {}
         self._missed_slots: set[int] = set()
-        """Slots that changed while no node was there to be told."""
+        """Slots that changed while no node was there to be told, or too much was waiting for it already."""
         self._finished: deque[FinishedJob] = deque()
         self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
         self._sending_since_s: float | None = None
         self._ready: link.Ready | None = None
         self._closing = threading.Event()
         self._idle = threading.Condition()
+        self._threads: list[threading.Thread] = []
         self.restarts = 0
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -124,8 +128,12 @@ class NodeHandle:
         Called once, while the engine starts.
         """
         ready = self._launch()
-        threading.Thread(target=self._watch, name="kvmesh-link-read", daemon=True).start()
-        threading.Thread(target=self._write, name="kvmesh-link-write", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._watch, name="kvmesh-link-read", daemon=True),
+            threading.Thread(target=self._write, name="kvmesh-link-write", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
         return ready
 
     def close(self) -> None:
@@ -133,7 +141,18 @@ class NodeHandle:
         self._closing.set()
         self._outgoing.put(None)
         self._kill(gentle=True)
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(0.05)
+                self._kill(gentle=False)  # the reading thread may just have been starting another one
+        with self._lock:
+            self._state = _DOWN
         self._fail_jobs(MissReason.DRAINING)
+        if self._socket is not None:
+            self._socket.close()
+        segments, self._segments = self._segments, ()
+        for segment in segments:
+            os.close(segment.fd)
 
     @property
     def pid(self) -> int | None:
@@ -193,7 +212,7 @@ class NodeHandle:
         deadlines.
         """
         with self._lock:
-            if self._jobs:
+            if self._jobs and self._state.alive:  # the jobs of a dead node are about to fail by themselves
                 self._outgoing.put((self._life, link.GiveUp()))
         with self._idle:
             while self._jobs:
@@ -224,7 +243,9 @@ class NodeHandle:
                 delay_s = min(delay_s * 2, LONGEST_RESTART_DELAY_S)
                 try:
                     self._launch()
-                except (KVMeshError, OSError) as error:
+                except Exception as error:  # without this thread nobody would ever start a node again
+                    if self._closing.is_set():
+                        return
                     log.error("node could not be started again: %s; next try in %.1f s", error, delay_s)
                     continue
                 self.restarts += 1
@@ -248,11 +269,10 @@ class NodeHandle:
             try:
                 for frame in buffer.feed(data):
                     self._on_message(link.to_engine_decoder.decode(frame))
-            except (ValueError, msgspec.MsgspecError) as error:
-                log.error("node sent a malformed message: %s; ending it", error)
+            except Exception as error:  # whatever came: this thread has to see to the node's end
+                log.error("node sent a malformed message: %r; ending it", error)
                 return
-            if self._jobs:
-                self._kill_if_late()
+            self._kill_if_late()
 
     def _on_message(self, message: link.ToEngine) -> None:
         match message:
@@ -324,22 +344,40 @@ class NodeHandle:
 
     def _write(self) -> None:
         while (entry := self._outgoing.get()) is not None:
-            life, message = entry
-            with self._lock:
-                connection = self._socket if life == self._life else None
-            if connection is None:
-                continue
-            self._sending_since_s = time.monotonic()
-            with contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
-                connection.sendall(pack_frame(link.encode(message)))
-            self._sending_since_s = None
+            self._write_one(*entry)
+            if self._missed_slots and self._outgoing.qsize() < MAX_OUTGOING // 2:
+                with self._lock:
+                    if self._state.alive:
+                        self._tell_missed_slots()
+
+    def _write_one(self, life: int, message: link.Message) -> None:
+        with self._lock:
+            connection = self._socket if life == self._life else None
+        if connection is None:
+            return
+        self._sending_since_s = time.monotonic()
+        with contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
+            connection.sendall(pack_frame(link.encode(message)))
+        self._sending_since_s = None
 
     def _tell_slots(self, slots: list[int], message: link.Message) -> None:
         with self._lock:
-            if self._state.alive:
+            is_bounded = self._outgoing.qsize() < MAX_OUTGOING and len(slots) <= MAX_SLOTS_PER_MESSAGE
+            if self._state.alive and is_bounded:
                 self._outgoing.put((self._life, message))
-            else:
-                self._missed_slots.update(slots)
+                return
+            self._missed_slots.update(slots)
+            if self._state.alive and self._outgoing.empty():
+                self._tell_missed_slots()
+
+    def _tell_missed_slots(self) -> None:
+        """Have the node look at these slots again, whatever has become of them. The caller holds the lock."""
+        missed = sorted(self._missed_slots)
+        self._missed_slots.clear()
+        for start in range(0, len(missed), MAX_SLOTS_PER_MESSAGE):
+            part = missed[start : start + MAX_SLOTS_PER_MESSAGE]
+            self._outgoing.put((self._life, link.Retract(part)))
+            self._outgoing.put((self._life, link.Publish(part, fetched=False)))
 
     # -- process -------------------------------------------------------------------------------------------------------
 
@@ -347,23 +385,15 @@ class NodeHandle:
         """Start one node process and wait for its first word."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         descriptors = [theirs.fileno(), self._start.ledger_fd, *(segment.fd for segment in self._start.segments)]
-        command = [
-            sys.executable,
-            "-m",
-            "kvmesh.node",
-            "--link-fd",
-            str(theirs.fileno()),
-            "--log-level",
-            self._log_level,
-        ]
         with theirs:
+            command = self._command(theirs.fileno())
             self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
         old, self._socket = self._socket, ours
         if old is not None:
             old.close()
         try:
             first = self._first_word(ours)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, RecursionError) as error:
             self._kill(gentle=False)
             raise StartupError(
                 "node process",
@@ -378,19 +408,20 @@ class NodeHandle:
         with self._lock:
             self._ready = first
             self._state = NodeState(True, False, False, 0)
-            missed = sorted(self._missed_slots)
-            self._missed_slots.clear()
             # The node read the ledger before it was ready; what changed since then is told again.
-            self._outgoing.put((self._life, link.Retract(missed)))
-            self._outgoing.put((self._life, link.Publish(missed, fetched=False)))
+            self._tell_missed_slots()
         return first
+
+    def _command(self, link_fd: int) -> list[str]:
+        return [sys.executable, "-m", "kvmesh.node", "--link-fd", str(link_fd), "--log-level", self._log_level]
 
     def _first_word(self, connection: socket.socket) -> link.Ready | link.Failed:
         """Exactly one frame, byte by byte where needed: what follows it belongs to the reading thread."""
+        until_s = time.monotonic() + START_TIMEOUT_S
         connection.settimeout(START_TIMEOUT_S)
         connection.sendall(pack_frame(link.encode(self._start)))
-        length = parse_length(_receive(connection, LENGTH_BYTES), link.MAX_FRAME_BYTES)
-        message = link.to_engine_decoder.decode(_receive(connection, length))
+        length = parse_length(_receive(connection, LENGTH_BYTES, until_s), link.MAX_FRAME_BYTES)
+        message = link.to_engine_decoder.decode(_receive(connection, length, until_s))
         connection.settimeout(None)
         if not isinstance(message, link.Ready | link.Failed):
             raise ValueError(  # noqa: TRY004  (what came is wrong, not what we were called with)
@@ -416,9 +447,10 @@ class NodeHandle:
             process.wait()
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
+def _receive(connection: socket.socket, size: int, until_s: float) -> bytes:
     data = bytearray()
     while len(data) < size:
+        connection.settimeout(max(0.001, until_s - time.monotonic()))
         piece = connection.recv(size - len(data))
         if not piece:
             raise EOFError("the node ended before it was ready")

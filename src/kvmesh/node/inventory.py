@@ -1,13 +1,14 @@
 """What this node's engine has published: from key to slot, and the way of a slot from "bytes complete" to "announced".
 
 A chunk is announced only after its checksum is in the ledger and its generation was re-checked after hashing. Hashing
-runs in
-one worker thread; everything else here runs on the node's event loop, except `locate`, which any thread may call.
+runs in one worker thread; everything else here runs on the node's event loop, except `locate`, which any thread may
+call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.transfer.base import Located
 from kvmesh.transfer.pool import HostPool
+
+HASH_BATCH_BYTES = 64 << 20
+"""Hashed in one go before being announced: a restarted node announces its pool bit by bit, and can stop in between."""
 
 
 class Announced(NamedTuple):
@@ -46,6 +50,8 @@ class Inventory:
         """Key and checksum of slots that this node filled and the engine has not published yet."""
         self._added: dict[ChunkKey, None] = {}
         self._removed: dict[ChunkKey, None] = {}
+        self._checksums = threading.Lock()
+        """Held from looking at a generation to writing its checksum, so that an older one never overwrites a newer."""
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     # -- from the engine -----------------------------------------------------------------------------------------------
@@ -57,16 +63,17 @@ class Inventory:
             record = self._ledger.read(slot)
             if record is None:
                 continue
-            digest = self._fetched_digest(slot, record.key) if fetched else None
-            if digest is not None:
-                self._ledger.set_checksum(slot, record.generation, digest)
+            known = self._fetched.pop(slot, None)
+            if fetched and known is not None and known[0] == record.key:
+                self._set_checksum(slot, record.generation, known[1])
             if self._ledger.checksum(slot, record.generation) is not None:
                 self._announce(slot, record.key, record.generation)
             else:
                 unhashed.append((slot, record.key, record.generation))
-        if unhashed:
+        size = max(1, HASH_BATCH_BYTES // self._pool.chunk_bytes)
+        for start in range(0, len(unhashed), size):
             loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._hasher, self._hash, unhashed)
+            future = loop.run_in_executor(self._hasher, self._hash, unhashed[start : start + size])
             future.add_done_callback(self._hashed)
         self._notify()
 
@@ -123,17 +130,22 @@ class Inventory:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _fetched_digest(self, slot: int, key: ChunkKey) -> bytes | None:
-        known = self._fetched.pop(slot, None)
-        return known[1] if known is not None and known[0] == key else None
+    def _set_checksum(self, slot: int, generation: int, digest: bytes) -> bool:
+        """Write a checksum unless the slot has moved on. False when it has."""
+        with self._checksums:
+            if not self._ledger.is_current(slot, generation):
+                return False
+            self._ledger.set_checksum(slot, generation, digest)
+            return True
 
     def _hash(self, slots: list[tuple[int, ChunkKey, int]]) -> list[tuple[int, ChunkKey, int]]:
         """Checksum slots that are still what they were; runs in the hashing thread, where xxhash lets go of the GIL."""
         done = []
         for slot, key, generation in slots:
+            if not self._ledger.is_current(slot, generation):
+                continue
             digest = xxhash.xxh3_128_digest(self._pool.row(slot))
-            if self._ledger.is_current(slot, generation):
-                self._ledger.set_checksum(slot, generation, digest)
+            if self._set_checksum(slot, generation, digest):
                 done.append((slot, key, generation))
         return done
 

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import (
     KVMeshError,
+    PeerAuthenticationError,
     PeerCancelledError,
     PeerClosedError,
     PeerProtocolError,
@@ -28,14 +29,18 @@ from kvmesh.errors import (
     StartupError,
     TransferError,
 )
+from kvmesh.logs import LogLimiter
 from kvmesh.transfer.base import Deadline, Locate, Located
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import PeerStream
+from kvmesh.wire.auth import Role
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
     HELLO_LIMIT_BYTES,
     NO_CHECKSUM,
     PROTOCOL_VERSION,
+    UNAUTHENTICATED,
     ChunkHeader,
     ChunkStatus,
     ChunkTrailer,
@@ -50,6 +55,7 @@ from kvmesh.wire.peer import (
     Ping,
     Place,
     Pong,
+    Proof,
     Refused,
     Resolve,
     Resolved,
@@ -57,6 +63,7 @@ from kvmesh.wire.peer import (
     Validated,
     Verdict,
     decode_hello,
+    decode_proof,
     decode_request,
     encode,
     format_differences,
@@ -94,6 +101,8 @@ class PeerServerStatistics(NamedTuple):
     refused: int
     """Connections turned away: too many, wrong identity or wrong format."""
     protocol_errors: int
+    unauthenticated: int
+    """Connections of strangers, closed: no cluster key or another one, no certificate, or changed on the way."""
 
 
 class PeerServer:
@@ -112,6 +121,7 @@ class PeerServer:
         port: int,
         lookup_port: int | None = None,
         nixl: NixlServing | None = None,
+        security: PeerSecurity = OPEN,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
         stall_timeout_s: float = 10.0,
@@ -128,6 +138,7 @@ class PeerServer:
             port: where to listen; 0 takes a free one (see the property `port`).
             lookup_port: a second port for the same protocol, for lookups; None for none.
             nixl: lets peers read our slots with NIXL; None when that is not offered.
+            security: the cluster key and TLS, where there are any.
             max_connections: further ones are refused.
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
@@ -138,6 +149,7 @@ class PeerServer:
         self._locate = locate
         self._ours = ours
         self._nixl = nixl
+        self._security = security
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
@@ -150,6 +162,7 @@ class PeerServer:
         self._acceptors: list[threading.Thread] = []
         self._closing = threading.Event()
         self._counts = Counter[str]()
+        self._limiter = LogLimiter()
 
     def start(self) -> None:
         """Bind and serve. Raises StartupError that names the port."""
@@ -188,6 +201,7 @@ class PeerServer:
                 gone=counts["gone"],
                 refused=counts["refused"],
                 protocol_errors=counts["protocol_errors"],
+                unauthenticated=counts["unauthenticated"],
             )
 
     def close(self) -> None:
@@ -219,7 +233,7 @@ class PeerServer:
                     self._closing.wait(0.5)
                 continue
             try:
-                self._admit(PeerStream(sock, f"{address[0]}:{address[1]}"))
+                self._admit(self._security.accept(sock, f"{address[0]}:{address[1]}"))
             except (OSError, RuntimeError) as error:  # already gone, or no thread to be had
                 sock.close()
                 log.error("cannot serve peer %s: error=%s", address, error)
@@ -240,10 +254,11 @@ class PeerServer:
                     raise
         if is_full:
             self._count(refused=1)
-            log.warning("peer refused peer=%s reason=full connections=%d", stream.peer, self._max_connections)
-            with contextlib.suppress(KVMeshError):
+            self._warn(stream, "peer refused peer=%s reason=full connections=%d", stream.peer, self._max_connections)
+            if self._security.tls is None:  # its handshake would hold up everybody who comes after
                 refusal = Refused("full", f"{self._max_connections} connections are open already")
-                stream.send_frame(encode(refusal), _soon(0.1))  # a fresh socket's buffer takes it at once
+                with contextlib.suppress(KVMeshError):
+                    stream.send_frame(encode(refusal), _soon(0.1))  # a fresh socket's buffer takes it at once
             stream.close()
 
     def _serve(self, stream: PeerStream) -> None:
@@ -251,15 +266,20 @@ class PeerServer:
         try:
             if self._greet(stream):
                 self._answer_all(stream)
+        except PeerAuthenticationError as error:
+            self._count(unauthenticated=1)
+            self._warn(stream, "peer refused peer=%s reason=unauthenticated error=%s", stream.peer, error)
         except (PeerProtocolError, MessageError) as error:
             self._count(protocol_errors=1)
-            log.warning("peer connection closed peer=%s reason=protocol error=%s", stream.peer, error)
+            self._warn(stream, "peer connection closed peer=%s reason=protocol error=%s", stream.peer, error)
         except PeerCancelledError:
             pass
         except PeerClosedError:
             log.debug("peer connection closed peer=%s reason=closed_by_peer", stream.peer)
         except KVMeshError as error:
-            log.warning("peer connection closed peer=%s reason=%s error=%s", stream.peer, type(error).__name__, error)
+            self._warn(
+                stream, "peer connection closed peer=%s reason=%s error=%s", stream.peer, type(error).__name__, error
+            )
         except Exception:
             log.exception("peer connection closed peer=%s reason=internal", stream.peer)
         finally:
@@ -268,29 +288,50 @@ class PeerServer:
                 self._streams.pop(stream, None)
 
     def _greet(self, stream: PeerStream) -> bool:
-        """Exchange Hellos; False when this peer is not to be served."""
+        """Exchange Hellos and, with a cluster key, Proofs; False when this peer is not to be served."""
         deadline = _soon(self._handshake_timeout_s)
-        theirs = decode_hello(stream.receive_frame(deadline, HELLO_LIMIT_BYTES))
-        stream.send_frame(encode(self._ours), deadline)
+        self._security.greet(stream, deadline)
+        received = stream.receive_frame(deadline, HELLO_LIMIT_BYTES)
+        theirs = decode_hello(received)
         stream.peer = f"{theirs.instance_id} from {stream.peer}"
+        try:
+            self._security.check_challenge(theirs, stream.peer)
+        except PeerAuthenticationError as error:
+            _refuse_stranger(stream, error, deadline)
+            raise
+        sent = encode(self._security.challenge(self._ours))
+        stream.send_frame(sent, deadline)
         if theirs.protocol != PROTOCOL_VERSION:
             raise PeerProtocolError(
                 stream.peer, expected=f"protocol {PROTOCOL_VERSION}", found=f"protocol {theirs.protocol}"
             )
+        self._authenticate(stream, received, sent, deadline)
         wanted = (theirs.wanted_instance_id, theirs.wanted_incarnation)
         if wanted != (self._ours.instance_id, self._ours.incarnation):
             self._count(refused=1)
-            log.warning(
-                "peer refused peer=%s reason=looking_for_another wanted=%s incarnation=%s", stream.peer, *wanted
+            self._warn(
+                stream, "peer refused peer=%s reason=looking_for_another wanted=%s incarnation=%s", stream.peer, *wanted
             )
             return False
         differing = format_differences(self._ours, theirs)
         if differing:
             self._count(refused=1)
             fields = "; ".join(map(str, differing))
-            log.warning("peer refused peer=%s reason=format_mismatch fields=%s", stream.peer, fields)
+            self._warn(stream, "peer refused peer=%s reason=format_mismatch fields=%s", stream.peer, fields)
             return False
         return True
+
+    def _authenticate(self, stream: PeerStream, theirs: bytes, ours: bytes, deadline: Deadline) -> None:
+        """The holder's half of `kvmesh.wire.auth`. Raises PeerAuthenticationError."""
+        if self._security.key is None:
+            return
+        handshake = self._security.key.handshake(Role.HOLDER, theirs, ours)
+        if not handshake.accepts(decode_proof(stream.receive_frame(deadline, HELLO_LIMIT_BYTES)).proof):
+            error = PeerAuthenticationError(stream.peer, expected="a proof of our cluster key", found="another one")
+            _refuse_stranger(stream, error, deadline)
+            raise error
+        stream.send_frame(encode(Proof(handshake.proof())), deadline)
+        stream.secure(handshake.session())
 
     def _answer_all(self, stream: PeerStream) -> None:
         while stream.wait_readable(self._idle_timeout_s):
@@ -340,17 +381,18 @@ class PeerServer:
                 located = self._find(key)
                 if located is None:
                     counts["gone"] += 1
-                    owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, get.request, position, 0)))
+                    owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, get.request, position, 0), stream.sending))
                     continue
                 row = self._pool.row(located.slot)
-                owed += [pack_header(ChunkHeader(ChunkStatus.HELD, get.request, position, len(row))), row]
+                header = ChunkHeader(ChunkStatus.HELD, get.request, position, len(row))
+                owed += [pack_header(header, stream.sending), row]
                 stream.send(owed, self._patience)
                 # Every byte has left the slot: only now does the generation say what they were.
                 is_valid = self._ledger.is_current(located.slot, located.generation)
                 counts["served" if is_valid else "stale"] += 1
                 verdict = Verdict.VALID if is_valid else Verdict.STALE
                 checksum = located.checksum if is_valid else NO_CHECKSUM
-                owed = [pack_trailer(ChunkTrailer(verdict, get.request, position, checksum))]
+                owed = [pack_trailer(ChunkTrailer(verdict, get.request, position, checksum), stream.sending)]
         finally:
             self._count(**counts)
         stream.send(owed, self._patience)
@@ -382,9 +424,26 @@ class PeerServer:
 
     # -- counters ------------------------------------------------------------------------------------------------------
 
+    def _warn(self, stream: PeerStream, text: str, *values: object) -> None:
+        """One line per address and kind of event at a time: what a stranger can make us write has an end."""
+        address = stream.peer.rpartition(":")[0].rpartition(" ")[2]
+        with self._lock:
+            suppressed = self._limiter.allow(f"{text} {address}", time.monotonic())
+        if suppressed:
+            text, values = f"{text} suppressed=%d", (*values, suppressed)
+        if suppressed is not None:
+            log.warning(text, *values)
+
     def _count(self, **counts: int) -> None:
         with self._lock:
             self._counts.update(counts)
+
+
+def _refuse_stranger(stream: PeerStream, error: PeerAuthenticationError, deadline: Deadline) -> None:
+    """Say why, if it can still be said: the other side's log is where its operator looks."""
+    text = f"expected {error.expected}, found {error.found}"
+    with contextlib.suppress(KVMeshError):
+        stream.send_frame(encode(Refused(UNAUTHENTICATED, text)), deadline)
 
 
 def _soon(timeout_s: float) -> Deadline:

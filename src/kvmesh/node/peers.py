@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 
 from kvmesh.core.breaker import Breaker
 from kvmesh.core.format import Format, differences
+from kvmesh.core.keys import ChunkKey
 from kvmesh.core.reasons import MissReason
 from kvmesh.transfer.base import Deadline, PeerTransport
 from kvmesh.wire.directory import Member
@@ -20,6 +21,17 @@ from kvmesh.wire.directory import Member
 log = logging.getLogger("kvmesh.peers")
 
 WARM_UP_S = 5.0
+MAX_WARM_PEERS = 128
+"""With more peers than this, connections are opened by the first fetch: a descriptor here and a thread there for each
+would cost more than they save.
+"""
+UNDELIVERED_LIMIT = 3
+"""An announced chunk that is stale or gone so often in a row is not asked for again. A retraction on its way explains
+one or two.
+"""
+MAX_UNDELIVERED = 10_000
+CORRUPT_LIMIT = 3
+"""A peer with so many corrupt chunks gets the breaker's longest pause for each further one."""
 
 TransportFactory = Callable[[Member], PeerTransport]
 
@@ -32,12 +44,33 @@ class Peer:
         self.transport = transport
         self.breaker = Breaker()
         self.bytes_under_way = 0
+        self.corrupt_chunks = 0
+        """Chunks that did not arrive with the bytes they were published with, in this life of the peer."""
+        self._undelivered: dict[ChunkKey, int] = {}
+        """How often in a row a key that the peer announces did not come: it was stale or gone."""
         self._lock = threading.Lock()
 
     def add_load(self, count_bytes: int) -> None:
         """Count bytes asked for (or, negative, no longer awaited). Any thread."""
         with self._lock:
             self.bytes_under_way += count_bytes
+
+    def note(self, key: ChunkKey, reason: MissReason | None) -> bool:
+        """Take note of what became of one chunk asked of this peer. True when it is not to be asked for it again."""
+        if reason is MissReason.CORRUPT:
+            self.corrupt_chunks += 1
+            return True
+        if reason not in {MissReason.STALE, MissReason.EVICTED}:
+            if reason is None:
+                self._undelivered.pop(key, None)
+            return False
+        count = self._undelivered.pop(key, 0) + 1
+        if count >= UNDELIVERED_LIMIT:
+            return True
+        self._undelivered[key] = count
+        if len(self._undelivered) > MAX_UNDELIVERED:
+            del self._undelivered[next(iter(self._undelivered))]
+        return False
 
 
 class Peers:
@@ -74,7 +107,13 @@ class Peers:
         return True
 
     def renew(self, peer: Peer) -> None:
-        """Give a peer a fresh transport and close the old one, which ends the fetches that run over it."""
+        """Give a peer a fresh transport and close the old one, which ends the fetches that run over it.
+
+        One that has left gets none: nobody would close it.
+        """
+        if self._peers.get(peer.member.instance_id) is not peer:
+            peer.transport.close()
+            return
         old, peer.transport = peer.transport, self._factory(peer.member)
         old.close()
         self._warm_up(peer)
@@ -101,6 +140,8 @@ class Peers:
 
     def _warm_up(self, peer: Peer) -> None:
         """Connect in the background, so that the first fetch does not have to. A failure shows again in time."""
+        if len(self._peers) > MAX_WARM_PEERS:
+            return
         transport = peer.transport
         self._background.submit(lambda: transport.warm_up(Deadline(time.monotonic() + WARM_UP_S, WARM_UP_S)))
 

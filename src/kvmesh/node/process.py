@@ -1,8 +1,7 @@
 """The node: the one process of an instance that talks to the network.
 
 Composition only; each part has its own file. Everything here runs on the node's asyncio loop; transfers run in threads
-(peer server,
-fetcher) and hashing in one more.
+(peer server, fetcher) and hashing in one more.
 
     engine link ---> inventory ---> directory client ---> controller
          |               ^
@@ -19,6 +18,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import kvmesh
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
-from kvmesh.core.keys import ChunkKey
+from kvmesh.core.keys import ChunkKey, short
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.replica import Applied, Replica
 from kvmesh.directory.base import DirectoryClient
@@ -41,6 +41,9 @@ from kvmesh.transfer.pool import HostPool
 from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, Snapshot
 
 log = logging.getLogger("kvmesh.node")
+
+
+PREFAULT_PAUSE_S = 0.001
 
 
 class DirectoryState(NamedTuple):
@@ -87,12 +90,18 @@ class Node:
         self._fetch_seconds = 0.0
         self._misses: dict[str, int] = {}
         self._admin: socket.socket | None = None
+        self._closing = threading.Event()
         self.replica = Replica()
         self.inventory = Inventory(pool, ledger, self._inventory_changed)
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
         self.peers = Peers(kv_format, self._transports.make, self._background)
         self.fetcher = Fetcher(
-            self.replica, self.peers, chunk_bytes=pool.chunk_bytes, stall_s=config.stall_timeout_s, abort=abort
+            self.replica,
+            self.peers,
+            chunk_bytes=pool.chunk_bytes,
+            stall_s=config.stall_timeout_s,
+            abort=abort,
+            quarantine=self._quarantine,
         )
         self.server = PeerServer(
             pool,
@@ -103,12 +112,17 @@ class Node:
             port=config.peer_port,
             lookup_port=config.lookup_port,
             nixl=self._transports.nixl_holder,
+            security=self._transports.security,
         )
 
     @property
     def directory_connected(self) -> bool:
         """Whether the directory answers now."""
         return self._connected
+
+    @property
+    def slots(self) -> int:
+        return self._pool.slots
 
     @property
     def chunk_bytes(self) -> int:
@@ -125,6 +139,7 @@ class Node:
             self._admin = bind_admin(self.config.host, self.config.admin_port)
         self._transports.start()
         self.server.start()
+        threading.Thread(target=self._prefault, name="prefault", daemon=True).start()
         self.inventory.republish()
         if self.config.directory == "controller":
             assert self.config.controller_pull_url is not None
@@ -135,6 +150,7 @@ class Node:
                 heartbeat_url=self.config.controller_heartbeat_url,
                 heartbeat_interval_s=self.config.heartbeat_interval_s,
                 listener=self,
+                cluster_key=self._transports.cluster_key,
             )
         return Member(
             instance_id=self.instance_id,
@@ -169,6 +185,7 @@ class Node:
 
     def close(self) -> None:
         """End all threads and connections. Fetches that run end as misses."""
+        self._closing.set()
         self.server.close()
         self.fetcher.close()
         for peer in list(self.peers):
@@ -220,6 +237,7 @@ class Node:
                     fetched_bytes=fetched_bytes,
                     seconds=result.seconds,
                     misses=misses,
+                    corrupt=result.corrupt,
                 )
             )
         return result
@@ -291,7 +309,22 @@ class Node:
             misses=dict(self._misses),
         )
 
+    def _prefault(self) -> None:
+        """Map the pool's pages before the first fetch needs them; in a thread of its own, with pauses for the others."""
+        for _ in self._pool.prefault():
+            if self._closing.wait(PREFAULT_PAUSE_S):
+                return
+
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _quarantine(self, instance_id: str, incarnation: str, key: ChunkKey) -> None:
+        log.warning(
+            "not asking for this chunk again key=%s instance=%s incarnation=%s; until it is announced anew",
+            short(key),
+            instance_id,
+            incarnation,
+        )
+        self._applied(self.replica.quarantine(instance_id, incarnation, key))
 
     def _inventory_changed(self) -> None:
         if self._directory is not None:

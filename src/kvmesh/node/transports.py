@@ -7,11 +7,15 @@ import os
 
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
+from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
 from kvmesh.transfer.factory import choose, offered
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_holder import NixlHolder
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import PeerSecurity
+from kvmesh.transfer.tls import Tls
+from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.directory import Member
 from kvmesh.wire.peer import Hello
 
@@ -24,8 +28,13 @@ class Transports:
     def __init__(
         self, config: KVMeshConfig, kv_format: Format, instance_id: str, incarnation: str, pool: HostPool
     ) -> None:
-        """Raises StartupError when the configured channel cannot be had here."""
+        """Raises StartupError when the configured channel, or what is to secure it, cannot be had here."""
         self._config = config
+        self.cluster_key = cluster_key(config)
+        self.security = PeerSecurity(
+            key=None if self.cluster_key is None else self.cluster_key.peer_key(),
+            tls=None if config.tls is None else Tls.load(config.tls),
+        )
         self._pool = pool
         self.offered = offered(config.transfer_channel)
         self.hello = Hello.of(instance_id, incarnation, kv_format, transports=self.offered, pid=os.getpid())
@@ -53,6 +62,7 @@ class Transports:
             verify=self._config.verify_checksum,
             connections=self._config.fetch_connections,
             nixl_backends=self._config.nixl_backends,
+            security=self.security,
         )
         log.info("transport to instance=%s is %s: %s", member.instance_id, chosen.transport.name, chosen.reason)
         return chosen.transport
@@ -61,3 +71,12 @@ class Transports:
         """End what `start` has started."""
         if self.nixl_holder is not None:
             self.nixl_holder.close()
+
+
+def cluster_key(config: KVMeshConfig) -> ClusterKey | None:
+    """The key of a resolved configuration. Raises StartupError when its file was named and never read."""
+    if config.cluster_key is not None:
+        return ClusterKey(config.cluster_key.get_secret_value())
+    if config.cluster_key_file is not None:
+        raise StartupError(f"cluster_key_file {config.cluster_key_file}", expected="its key", found="none in use")
+    return None

@@ -11,6 +11,7 @@ from kvmesh.transfer.base import PeerTransport
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.tcp import CONNECTIONS_PER_FETCH, TcpTransport
 from kvmesh.wire.peer import Hello
 
@@ -91,6 +92,7 @@ def choose(
     verify: bool = True,
     connections: int = CONNECTIONS_PER_FETCH,
     nixl_backends: Sequence[str] = ("UCX",),
+    security: PeerSecurity = OPEN,
     rdma: bool | None = None,
 ) -> Chosen:
     """The transport to use towards `target`.
@@ -100,9 +102,11 @@ def choose(
     """
     choice = choose_name(channel, ours.transports, target.transports, rdma=rdma)
     if choice.name == "tcp":
-        return Chosen(TcpTransport(target, ours, pool, connections=connections, verify=verify), choice.reason)
+        transport = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security)
+        return Chosen(transport, choice.reason)
     # NIXL takes half a second and 50 MB to load, and most nodes do without it.
     from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415
 
     prepare_environment(host)
-    return Chosen(NixlTransport(target, ours, pool, backends=nixl_backends, verify=verify), choice.reason)
+    nixl = NixlTransport(target, ours, pool, backends=nixl_backends, verify=verify, security=security)
+    return Chosen(nixl, choice.reason)

@@ -6,13 +6,22 @@ import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from kvmesh.errors import FormatMismatch, PeerConnectError, PeerProtocolError, PeerRefusedError
+from kvmesh.errors import (
+    FormatMismatch,
+    PeerAuthenticationError,
+    PeerConnectError,
+    PeerProtocolError,
+    PeerRefusedError,
+)
 from kvmesh.transfer.base import Deadline
-from kvmesh.transfer.stream import PeerStream, connect
+from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.transfer.stream import PeerStream
+from kvmesh.wire.auth import PeerKey, Role
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
     HELLO_LIMIT_BYTES,
     PROTOCOL_VERSION,
+    UNAUTHENTICATED,
     Held,
     Hello,
     Lookup,
@@ -20,9 +29,11 @@ from kvmesh.wire.peer import (
     MessageError,
     Ping,
     Pong,
+    Proof,
     Refused,
     decode_answer,
     decode_greeting,
+    decode_proven,
     encode,
     format_differences,
     unpack_bits,
@@ -60,17 +71,23 @@ class PeerLink:
         return self.stream.peer
 
     @classmethod
-    def dial(cls, target: PeerTarget, ours: Hello, deadline: Deadline) -> PeerLink:
-        """Connect and greet.
+    def dial(cls, target: PeerTarget, ours: Hello, deadline: Deadline, security: PeerSecurity = OPEN) -> PeerLink:
+        """Connect, greet and, with a cluster key, prove to each other that both have it.
 
-        Raises PeerConnectError (nobody, or somebody else, listens there), FormatMismatch, PeerRefusedError,
-        PeerProtocolError and what `PeerStream` raises.
+        Raises PeerConnectError (nobody, or somebody else, listens there), PeerAuthenticationError, FormatMismatch,
+        PeerRefusedError, PeerProtocolError and what `PeerStream` raises.
         """
         peer = str(target)
-        stream = connect(target.host, target.port, deadline, peer)
+        stream = security.connect(target.host, target.port, deadline, peer)
         try:
-            stream.send_frame(encode(ours.wanting(target.instance_id, target.incarnation)), deadline)
-            theirs = _greeting(stream.receive_frame(deadline, HELLO_LIMIT_BYTES), peer)
+            hello = encode(security.challenge(ours.wanting(target.instance_id, target.incarnation)))
+            stream.send_frame(hello, deadline)
+            answer = stream.receive_frame(deadline, HELLO_LIMIT_BYTES)
+            theirs = _greeting(answer, peer)
+            _check_protocol(theirs, peer)
+            security.check_challenge(theirs, peer)
+            if security.key is not None:
+                _authenticate(stream, security.key, hello, answer, deadline)
             _check_identity(theirs, target, peer)
             _check_format(ours, theirs, peer)
         except BaseException:
@@ -93,7 +110,7 @@ class PeerLink:
         if isinstance(answer, kind):
             return answer
         if isinstance(answer, Refused):
-            raise PeerRefusedError(self.peer, found=f"refused ({answer.code}): {answer.text}")
+            raise _refusal(answer, self.peer)
         raise PeerProtocolError(self.peer, expected=kind.__name__, found=type(answer).__name__)
 
     def request(self, message: Message, kind: type[_A], deadline: Deadline) -> _A:
@@ -144,13 +161,36 @@ def _greeting(payload: bytes, peer: str) -> Hello:
     except MessageError as violation:
         raise PeerProtocolError(peer, expected="a kvmesh node's Hello", found=str(violation)) from None
     if isinstance(greeting, Refused):
-        raise PeerRefusedError(peer, found=f"refused ({greeting.code}): {greeting.text}")
+        raise _refusal(greeting, peer)
     return greeting
 
 
-def _check_identity(theirs: Hello, target: PeerTarget, peer: str) -> None:
+def _refusal(refused: Refused, peer: str) -> PeerRefusedError | PeerAuthenticationError:
+    kind = PeerAuthenticationError if refused.code == UNAUTHENTICATED else PeerRefusedError
+    return kind(peer, found=f"refused ({refused.code}): {refused.text}")
+
+
+def _authenticate(stream: PeerStream, key: PeerKey, ours: bytes, theirs: bytes, deadline: Deadline) -> None:
+    """The fetcher's half of `kvmesh.wire.auth`. Raises PeerAuthenticationError."""
+    handshake = key.handshake(Role.FETCHER, ours, theirs)
+    stream.send_frame(encode(Proof(handshake.proof())), deadline)
+    try:
+        answer = decode_proven(stream.receive_frame(deadline, HELLO_LIMIT_BYTES))
+    except MessageError as violation:
+        raise PeerProtocolError(stream.peer, expected="a Proof", found=str(violation)) from None
+    if isinstance(answer, Refused):
+        raise _refusal(answer, stream.peer)
+    if not handshake.accepts(answer.proof):
+        raise PeerAuthenticationError(stream.peer, expected="a proof of our cluster key", found="another one")
+    stream.secure(handshake.session())
+
+
+def _check_protocol(theirs: Hello, peer: str) -> None:
     if theirs.protocol != PROTOCOL_VERSION:
         raise PeerProtocolError(peer, expected=f"protocol {PROTOCOL_VERSION}", found=f"protocol {theirs.protocol}")
+
+
+def _check_identity(theirs: Hello, target: PeerTarget, peer: str) -> None:
     if (theirs.instance_id, theirs.incarnation) != (target.instance_id, target.incarnation):
         raise PeerConnectError(
             peer,

@@ -22,18 +22,21 @@ import xxhash
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import (
     KVMeshError,
+    NixlError,
     PeerClosedError,
     PeerProtocolError,
     PeerReadError,
+    PeerStalledError,
     PeerTimeoutError,
     PeerWriteError,
 )
 from kvmesh.transfer.base import ChunkOutcome, Deadline, FetchItem, Progress, TransportStatistics
 from kvmesh.transfer.leases import FetchBook, Lease, Leases
 from kvmesh.transfer.link import PeerLink, PeerTarget
-from kvmesh.transfer.nixl_agent import Agent, NixlError, Read, Region
+from kvmesh.transfer.nixl_agent import Agent, Read, Region
 from kvmesh.transfer.pool import HostPool
-from kvmesh.transfer.stream import PeerStalledError, reason_of
+from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.transfer.stream import reason_of
 from kvmesh.wire.peer import (
     MAX_KEYS,
     Hello,
@@ -70,10 +73,16 @@ class NixlLane:
 
     @classmethod
     def dial(
-        cls, target: PeerTarget, ours: Hello, pool: HostPool, backends: Sequence[str], deadline: Deadline
+        cls,
+        target: PeerTarget,
+        ours: Hello,
+        pool: HostPool,
+        backends: Sequence[str],
+        deadline: Deadline,
+        security: PeerSecurity = OPEN,
     ) -> NixlLane:
         """Connect, make an agent and have it read a few bytes, which opens NIXL's connection. Raises KVMeshError."""
-        link = PeerLink.dial(target, ours, deadline)
+        link = PeerLink.dial(target, ours, deadline, security)
         try:
             metadata = link.request(NixlAttach(), NixlMetadata, deadline)
             lane = cls(link, Agent("fetcher", backends=backends, progress_thread=False))
@@ -157,6 +166,7 @@ class NixlTransport:
         backends: Sequence[str] = ("UCX",),
         max_lanes: int = MAX_LANES,
         verify: bool = True,
+        security: PeerSecurity = OPEN,
     ) -> None:
         """Connects nowhere yet. `nixl_agent.prepare_environment` must have been called in this process.
 
@@ -167,9 +177,11 @@ class NixlTransport:
             backends: NIXL backends, in order of preference.
             max_lanes: fetches from this peer at a time; more wait.
             verify: hash what arrived and compare with the checksum it was published with.
+            security: the cluster key and TLS of the peer channel, where there are any. NIXL's own knows neither.
         """
         self.target = target
         self._ours = ours
+        self._security = security
         self._pool = pool
         self._backends = tuple(backends)
         self._verify = verify
@@ -248,7 +260,7 @@ class NixlTransport:
         return True
 
     def _dial(self, deadline: Deadline) -> NixlLane:
-        lane = NixlLane.dial(self.target, self._ours, self._pool, self._backends, deadline)
+        lane = NixlLane.dial(self.target, self._ours, self._pool, self._backends, deadline, self._security)
         with self._lock:
             first, self._established = not self._established, True
         if first:

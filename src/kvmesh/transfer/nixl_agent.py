@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from kvmesh.errors import TransferError
+from kvmesh.errors import NixlError
 
 PROGRESS_DELAY_US = 10_000
 
@@ -47,10 +47,6 @@ _UCX_DEFAULTS = {
 _create_lock = threading.Lock()
 
 
-class NixlError(TransferError):
-    """NIXL refused or failed something; `found` has its own words."""
-
-
 Region = tuple[int, int]
 """(address, length in bytes)."""
 
@@ -66,7 +62,7 @@ def load() -> Any:
                 return importlib.import_module(name)
             except ImportError as error:  # noqa: PERF203 - three rounds
                 failures.append(f"{name}: {error}")
-    raise TransferError(
+    raise NixlError(
         "NIXL", expected="an importable package", found="; ".join(failures), hint="install kvmesh[nixl] or use tcp"
     )
 
@@ -108,7 +104,7 @@ def unavailable() -> str | None:
     """Why NIXL cannot be used in this process; None when it can."""
     try:
         load()
-    except TransferError as error:
+    except NixlError as error:
         return str(error)
     return None
 

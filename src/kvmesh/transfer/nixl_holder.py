@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from kvmesh.errors import StartupError, TransferError
-from kvmesh.transfer.nixl_agent import Agent, NixlError, Region, load, prepare_environment
+from kvmesh.errors import NixlError, StartupError, TransferError
+from kvmesh.transfer.nixl_agent import Agent, Region, load, prepare_environment
 from kvmesh.transfer.pool import HostPool, PoolSegment
 from kvmesh.wire.peer import NixlMetadata
 

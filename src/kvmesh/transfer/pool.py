@@ -5,8 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; not named in every version of Python's mmap module."""
+PREFAULT_SLICE_BYTES = 16 << 20
+"""Mapped in one call, which holds the interpreter for about a millisecond."""
 
 
 class PoolSegment(NamedTuple):
@@ -75,6 +80,26 @@ class HostPool:
         return [
             (address, segment.length_bytes) for address, segment in zip(self._addresses, self.segments, strict=True)
         ]
+
+    def prefault(self) -> Iterator[int]:
+        """Map the pages into this process, a slice per step; yields the bytes done so far.
+
+        A first write to each page while a fetch is receiving costs a page fault per 4 KiB, which is a third of the
+        whole transfer's time. The pages themselves exist already in an engine's pool; one of our own is allocated by
+        this. A kernel that cannot (before 5.14) leaves the pages to be mapped when they are needed.
+        """
+        done = 0
+        for mapped, segment in zip(self._maps, self.segments, strict=True):
+            start = segment.offset_bytes - segment.offset_bytes % mmap.PAGESIZE
+            end = segment.offset_bytes + segment.length_bytes
+            for position in range(start, end, PREFAULT_SLICE_BYTES):
+                length = min(PREFAULT_SLICE_BYTES, end - position)
+                try:
+                    mapped.madvise(_MADV_POPULATE_WRITE, position, length)
+                except (OSError, ValueError):
+                    return
+                done += length
+                yield done
 
     def close(self) -> None:
         """Close the descriptors and drop the mapping; rows still referenced elsewhere keep their memory alive."""

@@ -22,27 +22,26 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.errors import (
     FormatMismatch,
     KVMeshError,
+    PeerAuthenticationError,
     PeerCancelledError,
     PeerClosedError,
     PeerConnectError,
     PeerProtocolError,
     PeerReadError,
+    PeerStalledError,
     PeerTimeoutError,
     PeerWriteError,
 )
 from kvmesh.transfer.base import Deadline
+from kvmesh.wire.auth import MAC_BYTES, AuthenticationError, Kind, MacChain, Session
 from kvmesh.wire.framing import LENGTH_BYTES, FrameError, pack_frame, parse_length
 
 _TIMEVAL = struct.Struct("ll")
-_SHORTEST_S = 0.001
+SHORTEST_S = 0.001
 """The kernel's clock for socket timeouts ticks every 1 to 4 ms, and zero would mean for ever."""
-_ARM_TOLERANCE_S = 0.01
+ARM_TOLERANCE_S = 0.01
 """The kernel is not told of each millisecond that goes by; a call may outlive its deadline by so much."""
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
-
-
-class PeerStalledError(PeerTimeoutError):
-    """The peer sent (or took) no byte for the stall time; the deadline itself has not passed."""
 
 
 class PeerStream:
@@ -54,6 +53,9 @@ class PeerStream:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.peer = peer
+        self.sending: MacChain | None = None
+        """MACs of what we send; None without a cluster key, and until `secure`."""
+        self.receiving: MacChain | None = None
         self._socket = sock
         self._armed_s = {socket.SO_RCVTIMEO: math.nan, socket.SO_SNDTIMEO: math.nan}
         self._shut = False
@@ -66,6 +68,10 @@ class PeerStream:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+
+    def secure(self, session: Session) -> None:
+        """From now on everything has a MAC, in both directions. Payloads of chunks have none (`kvmesh.wire.auth`)."""
+        self.sending, self.receiving = session
 
     def receive_into(self, view: memoryview, deadline: Deadline) -> None:
         """Fill `view`. Raises PeerTimeoutError, PeerStalledError, PeerClosedError or PeerReadError."""
@@ -87,16 +93,26 @@ class PeerStream:
             _drop(rest, count)
 
     def receive_frame(self, deadline: Deadline, limit_bytes: int) -> bytes:
-        """The next frame's payload. Raises as `receive_into`, and PeerProtocolError for a length outside the limit."""
+        """The next frame's payload. Raises as `receive_into`, PeerProtocolError for a length outside the limit, and
+        PeerAuthenticationError for a MAC that is wrong.
+        """
+        macs = self.receiving
         prefix = bytearray(LENGTH_BYTES)
         self.receive_into(memoryview(prefix), deadline)
         try:
-            length = parse_length(prefix, limit_bytes)
+            length = parse_length(prefix, limit_bytes if macs is None else limit_bytes + MAC_BYTES)
         except FrameError as error:
             raise PeerProtocolError(self.peer, found=str(error)) from None
         payload = bytearray(length)
         self.receive_into(memoryview(payload), deadline)
-        return bytes(payload)
+        if macs is None:
+            return bytes(payload)
+        body, mac = bytes(payload[:-MAC_BYTES]), payload[-MAC_BYTES:]
+        try:
+            macs.check(Kind.FRAME, body, mac)
+        except AuthenticationError as error:
+            raise PeerAuthenticationError(self.peer, found=str(error)) from None
+        return body
 
     def send(self, parts: Sequence[bytes | memoryview], deadline: Deadline) -> None:
         """Send all of `parts`. When this returns, the kernel has copied every byte: the memory may be reused.
@@ -116,6 +132,8 @@ class PeerStream:
 
     def send_frame(self, payload: bytes, deadline: Deadline) -> None:
         """Send one frame. Raises as `send`."""
+        if self.sending is not None:
+            payload += self.sending.mac(Kind.FRAME, payload)
         self.send([pack_frame(payload)], deadline)
 
     def wait_readable(self, timeout_s: float) -> bool:
@@ -137,13 +155,9 @@ class PeerStream:
         """Set the kernel's timeout to what is allowed now; True when it is the deadline that bounds it, not the stall
         time.
         """
-        remaining_s = deadline.at_s - time.monotonic()
-        if remaining_s <= 0:
-            raise self._timed_out(by_deadline=True, awaited="an answer")
-        by_deadline = remaining_s < deadline.stall_s
-        allowed_s = remaining_s if by_deadline else deadline.stall_s
-        if not abs(self._armed_s[option] - allowed_s) < _ARM_TOLERANCE_S:
-            seconds, fraction = divmod(max(allowed_s, _SHORTEST_S), 1)
+        by_deadline, allowed_s = self._allowance(deadline)
+        if not abs(self._armed_s[option] - allowed_s) < ARM_TOLERANCE_S:
+            seconds, fraction = divmod(max(allowed_s, SHORTEST_S), 1)
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(fraction * 1e6)))
             except OSError as error:
@@ -151,13 +165,21 @@ class PeerStream:
             self._armed_s[option] = allowed_s
         return by_deadline
 
+    def _allowance(self, deadline: Deadline) -> tuple[bool, float]:
+        """Whether the deadline bounds the next call, or else the stall time, and the seconds that it has."""
+        remaining_s = deadline.at_s - time.monotonic()
+        if remaining_s <= 0:
+            raise self._timed_out(by_deadline=True, awaited="an answer")
+        by_deadline = remaining_s < deadline.stall_s
+        return by_deadline, remaining_s if by_deadline else deadline.stall_s
+
     def _timed_out(self, by_deadline: bool, awaited: str) -> PeerTimeoutError:
         if by_deadline:
             return PeerTimeoutError(self.peer, expected=f"{awaited} before the deadline", found="none")
         return PeerStalledError(self.peer, expected=f"{awaited} within the stall time", found="none")
 
     def _broken(
-        self, kind: type[PeerReadError | PeerWriteError | PeerClosedError], error: OSError | None
+        self, kind: type[PeerReadError | PeerWriteError | PeerClosedError], error: Exception | None
     ) -> KVMeshError:
         if self._shut:
             return PeerCancelledError(self.peer, found="connection closed on our side")
@@ -175,6 +197,11 @@ def _drop(views: list[memoryview], count: int) -> None:
 
 
 def connect(host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:
+    """A stream over `connect_socket`."""
+    return PeerStream(connect_socket(host, port, deadline, peer), peer)
+
+
+def connect_socket(host: str, port: int, deadline: Deadline, peer: str) -> socket.socket:
     """Connect to the first address of `host` that answers. Raises PeerConnectError, or PeerTimeoutError at the
     deadline.
     """
@@ -187,7 +214,7 @@ def connect(host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:
         try:
             sock.settimeout(min(remaining_s, deadline.stall_s))
             sock.connect(address)
-            return PeerStream(sock, peer)
+            return sock
         except OSError as failure:
             sock.close()
             error = failure
@@ -236,6 +263,8 @@ def reason_of(error: KVMeshError) -> MissReason:
         return MissReason.PEER_STALLED
     if isinstance(error, PeerTimeoutError):
         return MissReason.DEADLINE
+    if isinstance(error, PeerAuthenticationError):
+        return MissReason.UNAUTHENTICATED
     if isinstance(error, PeerProtocolError):
         return MissReason.PROTOCOL
     if isinstance(error, (PeerReadError, PeerWriteError, PeerClosedError, PeerCancelledError)):

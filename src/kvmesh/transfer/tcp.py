@@ -17,12 +17,21 @@ from typing import NamedTuple
 import xxhash
 
 from kvmesh.core.reasons import MissReason
-from kvmesh.errors import KVMeshError, PeerClosedError, PeerProtocolError, PeerReadError, PeerWriteError
+from kvmesh.errors import (
+    KVMeshError,
+    PeerAuthenticationError,
+    PeerClosedError,
+    PeerProtocolError,
+    PeerReadError,
+    PeerWriteError,
+)
 from kvmesh.transfer.base import ChunkOutcome, Deadline, FetchItem, Progress, TransportStatistics
 from kvmesh.transfer.leases import FetchBook, Lease, Leases
 from kvmesh.transfer.link import PeerLink, PeerTarget
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import reason_of
+from kvmesh.wire.auth import AuthenticationError
 from kvmesh.wire.peer import (
     HEADER_BYTES,
     MAX_KEYS,
@@ -65,6 +74,7 @@ class TcpTransport:
         connections: int = CONNECTIONS_PER_FETCH,
         max_connections: int = MAX_CONNECTIONS,
         verify: bool = True,
+        security: PeerSecurity = OPEN,
     ) -> None:
         """Connects nowhere yet.
 
@@ -75,6 +85,7 @@ class TcpTransport:
             connections: connections that one fetch spreads over, when it is large enough.
             max_connections: connections to this peer over all fetches at a time; more fetches wait.
             verify: hash what arrives and compare with the checksum it was published with.
+            security: the cluster key and TLS, where there are any.
         """
         self.target = target
         self._pool = pool
@@ -82,6 +93,7 @@ class TcpTransport:
         self._connections = connections
         self._run_chunks = max(1, min(MAX_KEYS, RUN_BYTES // pool.chunk_bytes))
         self._ours = ours
+        self._security = security
         self._links = Leases(self._dial, peer=str(target), keep=max_connections, limit=max_connections)
         self._helpers = ThreadPoolExecutor(max_connections, thread_name_prefix=f"kvmesh-tcp-{target.instance_id}")
         self._lock = threading.Lock()
@@ -194,7 +206,7 @@ class TcpTransport:
         return True
 
     def _dial(self, deadline: Deadline) -> PeerLink:
-        link = PeerLink.dial(self.target, self._ours, deadline)
+        link = PeerLink.dial(self.target, self._ours, deadline, self._security)
         with self._lock:
             first, self._established = not self._established, True
         if first:
@@ -316,7 +328,9 @@ class _Pull:
 
     def _parse_header(self, link: PeerLink, asked: _Asked) -> ChunkHeader:
         try:
-            header = parse_header(self._header)
+            header = parse_header(self._header, link.stream.receiving)
+        except AuthenticationError as error:
+            raise PeerAuthenticationError(link.peer, found=str(error)) from None
         except MessageError as error:
             raise PeerProtocolError(link.peer, found=str(error)) from None
         if header[1:3] != asked[:2]:
@@ -328,7 +342,9 @@ class _Pull:
 
     def _parse_trailer(self, link: PeerLink, asked: _Asked) -> ChunkTrailer:
         try:
-            trailer = parse_trailer(self._trailer)
+            trailer = parse_trailer(self._trailer, link.stream.receiving)
+        except AuthenticationError as error:
+            raise PeerAuthenticationError(link.peer, found=str(error)) from None
         except MessageError as error:
             raise PeerProtocolError(link.peer, found=str(error)) from None
         if trailer[1:3] != asked[:2]:

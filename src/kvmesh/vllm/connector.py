@@ -1,8 +1,7 @@
 """`KVMeshConnector`: vLLM's OffloadingConnector, configured by our YAML.
 
 All the connector does is to fill in vLLM's own offloading configuration: our spec, our tier, our policy, and the size
-of
-the pool. `--kv-transfer-config '{"kv_connector":"KVMeshConnector","kv_role":"kv_both"}'` is all a user writes.
+of the pool. `--kv-transfer-config '{"kv_connector":"KVMeshConnector","kv_role":"kv_both"}'` is all a user writes.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ class KVMeshConnector(OffloadingConnector):
         config = configure(vllm_config)
         _refuse_several_hosts(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
-            for warning in config.warnings:
-                logger.warning("%s", warning)
             _extra(vllm_config)[FACTS_KEY] = fingerprint.model_facts(vllm_config)
         try:
             super().__init__(vllm_config, role, kv_cache_config)
@@ -55,7 +52,7 @@ class KVMeshConnector(OffloadingConnector):
                         where=config.sources.get("chunk_tokens", ""),
                         found=str(config.chunk_tokens),
                         expected="a multiple of vLLM's block size that suits all KV cache groups",
-                        hint=str(error),
+                        hint=str(error).partition(", or set")[0],
                     )
                 ]
             ) from error
@@ -77,6 +74,21 @@ def configure(vllm_config: VllmConfig) -> KVMeshConfig:
     extra = _extra(vllm_config)
     parallel = vllm_config.parallel_config
     config = _resolve(extra, parallel.data_parallel_size, parallel.data_parallel_index)
+    if extra.get("spec_name") != _SPEC_NAME:  # the first time, in the first process; the others get the filled one
+        for warning in config.warnings:
+            logger.warning("%s", warning)
+    if not config.pool_enabled:
+        raise ConfigError(
+            [
+                ConfigProblem(
+                    "pool_enabled",
+                    where=config.sources.get("pool_enabled", ""),
+                    expected="true: the host pool is what this connector works with",
+                    found="false",
+                    hint="leave --kv-transfer-config away to run without kvmesh",
+                )
+            ]
+        )
     extra.update(
         {
             "spec_name": _SPEC_NAME,

@@ -2,10 +2,8 @@
 with it.
 
 vLLM 0.32 gives the name up when an engine shuts down in good order, which a killed engine never does. We remove the
-name as
-soon as everybody has mapped the file; the memory then goes away with the last process that maps it, whatever ends it.
-What
-engines left behind that died before that point is removed at the next start. (vLLM 0.33 does the first by itself.)
+name as soon as everybody has mapped the file; the memory then goes away with the last process that maps it, whatever
+ends it. What engines left behind that died before that point is removed at the next start.
 """
 
 from __future__ import annotations
@@ -30,6 +28,12 @@ def unlink_name(region: SharedOffloadRegion) -> None:
     with contextlib.suppress(FileNotFoundError, AttributeError):
         Path(region.mmap_path).unlink()
     region._creator = False  # noqa: SLF001  (nothing left for vLLM to unlink)
+
+
+def leave_name_to_scheduler(region: SharedOffloadRegion | None) -> None:
+    """In a worker: the scheduler will have removed the name by the time that this region is cleaned up."""
+    if region is not None:
+        region._creator = False  # noqa: SLF001  (as above)
 
 
 def forget_name_if_gone(region: SharedOffloadRegion) -> None:

@@ -17,7 +17,7 @@ from kvmesh.vllm.compat import (
 )
 from kvmesh.vllm.host_copy import HostCopyWorker
 from kvmesh.vllm.policy import _Publishing
-from kvmesh.vllm.pool_names import remove_stale_pools, unlink_name
+from kvmesh.vllm.pool_names import leave_name_to_scheduler, remove_stale_pools, unlink_name
 from kvmesh.vllm.tier import PeerTier
 
 
@@ -43,7 +43,9 @@ class KVMeshSpec(TieringOffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """The worker that copies between device blocks and the pool (worker process)."""
         if not current_platform.is_cpu():
-            return super().get_worker(kv_caches)
+            worker = super().get_worker(kv_caches)
+            leave_name_to_scheduler(getattr(worker, "_mmap_region", None))
+            return worker
         if self._worker is None:
             self._worker = self._make_host_copy_worker(kv_caches)
         return self._worker

@@ -1,8 +1,7 @@
 """`PeerTier`: the secondary tier through which vLLM looks up, fetches and publishes chunks.
 
 All of it runs on the scheduler thread and none of it waits: a lookup reads a set, everything else appends to a queue.
-What happens to one
-request, in vLLM's order:
+What happens to one request, in vLLM's order:
 
     lookup (per chunk)  HIT when some other instance is known to hold the chunk
     submit_load         the request's chunks with the slots vLLM allocated for them: a fetch job for the node
@@ -18,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmesh.core.keys import group_of
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import FinishedJob, NodeHandle
@@ -98,6 +98,8 @@ class PeerTier(SecondaryTierManager):
         self._loads: dict[int, TransferJob] = {}
         self._stored: list[JobResult] = []
         self._failed_until_s: dict[OffloadKey, float] = {}
+        self._held = False
+        """The pool was thrown away, and copies of before may still be under way (see `drain_jobs`)."""
         self._metrics = TierMetrics()
         ready = self._node.start()
         logger.info(
@@ -139,6 +141,8 @@ class PeerTier(SecondaryTierManager):
     def _miss_reason(self, key: OffloadKey, request: _Request, req_context: ReqContext) -> MissReason | None:
         if not self._node.is_visible(key):
             return self._why_invisible()
+        if self._held:
+            return MissReason.DRAINING
         if key in request.failed or self._failed_recently(key):
             return MissReason.RECENTLY_FAILED
         if request.worthwhile is None:
@@ -172,7 +176,7 @@ class PeerTier(SecondaryTierManager):
         keys = list(req_context._offload_key_positions)  # noqa: SLF001  (vLLM keeps the order there only)
         run = 0
         for key in keys[keys.index(first) :] if first in keys else ():
-            if not self._node.is_visible(key):
+            if not self._node.is_visible(key) or group_of(key) != group_of(first):
                 break
             run += self._chunk_tokens
         return run >= wanted
@@ -201,6 +205,7 @@ class PeerTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Publish what the engine has computed. Nothing is copied, so the job is done at once and pins nothing."""
+        self._held = False
         self._publish(job_metadata.keys, job_metadata.chunk_ids.tolist(), fetched=False)
         self._stored.append(JobResult(job_metadata.job_id, True, transfer_time=0.0, transfer_bytes=0))
 
@@ -216,6 +221,12 @@ class PeerTier(SecondaryTierManager):
         return self._node.has_jobs()
 
     def drain_jobs(self) -> None:
+        """Called before vLLM throws the pool away. From then on nothing is fetched until a new chunk has been stored.
+
+        vLLM 0.31 and 0.32 let their workers finish old copies into slots that are free again; a completed store says
+        that the workers have been flushed since.
+        """
+        self._held = True
         self._node.drain()
 
     def shutdown(self) -> None:

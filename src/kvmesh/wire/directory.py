@@ -165,6 +165,8 @@ class FetchReport(Message, frozen=True, kw_only=True):
     fetched_bytes: Count
     seconds: Seconds
     misses: Annotated[dict[Name, Count], Meta(max_length=64)]
+    corrupt: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
+    """Chunks whose bytes did not have their checksum, by the instance that delivered them."""
 
 
 # -- both ways ---------------------------------------------------------------------------------------------------------

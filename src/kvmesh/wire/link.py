@@ -15,20 +15,27 @@ each. The node inherits the descriptors of the ledger and the pool by number.
      |<------------ Directory(state) --------|
 
 Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the
-jobs
-that were out have failed once the process is known to be dead.
+jobs that were out have failed once the process is known to be dead.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvmesh.core.format import Format
+from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.reasons import MissReason
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
+Slots = list[Annotated[int, Meta(ge=0, lt=1 << 32)]]
+Keys = list[Annotated[bytes, Meta(min_length=KEY_MIN_BYTES, max_length=KEY_MAX_BYTES)]]
+Count = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+"""Finite: a deadline that is no number would never pass."""
 
 
 class Segment(NamedTuple):
@@ -50,28 +57,29 @@ class Start(Message, frozen=True):
     ledger_fd: int
     segments: tuple[Segment, ...]
     engine_pid: int
-    peer_port: int = 0
+    peer_port: Port = 0
     """The port of the node before this one, 0 for the first: on the same address the directory knows its successor at
     once.
     """
 
 
 class Publish(Message, frozen=True):
-    slots: list[int]
+    slots: Slots
     fetched: bool
     """The bytes were pulled from a peer by this node, which knows their checksum already."""
 
 
 class Retract(Message, frozen=True):
-    slots: list[int]
+    slots: Slots
 
 
 class Fetch(Message, frozen=True):
     job_id: int
     request_id: str
-    keys: list[bytes]
-    slots: list[int]
-    timeout_s: float
+    keys: Keys
+    slots: Slots
+    """As many as keys, each one once."""
+    timeout_s: Seconds
 
 
 class GiveUp(Message, frozen=True):
@@ -82,8 +90,8 @@ class Ready(Message, frozen=True):
     instance_id: str
     incarnation: str
     peer_host: str
-    peer_port: int
-    admin_port: int
+    peer_port: Port
+    admin_port: Port
 
 
 class Failed(Message, frozen=True):
@@ -96,15 +104,15 @@ class FetchDone(Message, frozen=True):
     job_id: int
     reasons: list[MissReason | None]
     """One per key in order; None: the slot holds the chunk."""
-    fetched_bytes: int
-    seconds: float
+    fetched_bytes: Count
+    seconds: Seconds
     holders: list[str]
     """Instances that supplied chunks."""
 
 
 class Visible(Message, frozen=True):
-    appeared: list[bytes]
-    vanished: list[bytes]
+    appeared: Keys
+    vanished: Keys
     reset: bool
     """Forget everything first."""
 
@@ -113,7 +121,7 @@ class Directory(Message, frozen=True):
     connected: bool
     """The directory answers now."""
     ever_connected: bool
-    peers: int
+    peers: Count
     """Other instances with our format."""
 
 

@@ -11,6 +11,9 @@ Opening
      |-- Hello(wanted=(id, incarnation)) -->|   within the holder's handshake deadline
      |<---------------- Hello or Refused ---|
 
+With a cluster key on both sides, two Proofs follow, fetcher first, and MACs from then on (`kvmesh.wire.auth`); with a
+key on one side only, or another one, the connection ends here and nothing else is read: Refused("unauthenticated").
+
 Each side checks the other's Hello: protocol version, identity, format. The holder always shows its own Hello, so that
 both sides can name what differs, and then closes when it is not the `wanted` instance and incarnation (the address was
 reused: the fetcher reports PEER_UNREACHABLE) or the formats differ (both log the fields; FORMAT_MISMATCH). Refused
@@ -41,9 +44,8 @@ Besides: Lookup/Held (direct lookup, when no directory is reachable) and Ping/Po
 Anything else (unknown tag, wrong type, a count or length over its limit, an answer out of order) ends the connection:
 whoever notices closes it with one logged reason and touches nothing else.
 
-Room for authentication. Hello carries a `challenge`; with a cluster key the two proofs follow the two Hellos as further
-frames. The `mac` fields of header and trailer, and 16 bytes at the end of every frame, hold the MAC then. Without a key
-the fields are zero (a receiver refuses others) and frames have no MAC.
+After the Proofs the `mac` fields of header and trailer, and 16 more bytes at the end of every frame, hold the MAC.
+Without a cluster key the fields are zero (a receiver refuses others) and frames have no MAC.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ from msgspec import Meta
 from kvmesh.core.format import FieldDifference, Format, differences
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.ledger import CHECKSUM_BYTES
+from kvmesh.wire.auth import MAC_BYTES, PROOF_BYTES, Kind, MacChain
 
 PROTOCOL_VERSION = 1
 FRAME_LIMIT_BYTES = 1 << 20
@@ -69,7 +72,7 @@ MAX_KEYS = 4096
 MAX_CHUNK_BYTES = 1 << 32
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
-Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}", max_length=16)]
 Key = Annotated[bytes, Meta(min_length=KEY_MIN_BYTES, max_length=KEY_MAX_BYTES)]
 Keys = Annotated[list[Key], Meta(min_length=1, max_length=MAX_KEYS)]
 Word = Annotated[int, Meta(ge=0)]
@@ -94,7 +97,7 @@ class Hello(Message, frozen=True, kw_only=True):
     protocol: int = PROTOCOL_VERSION
     instance_id: Name
     incarnation: Incarnation
-    format_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    format_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}", max_length=32)]
     format: Format
     transports: Annotated[tuple[Name, ...], Meta(max_length=8)]
     """What this node serves: `tcp`, `shm`, `nixl`."""
@@ -129,6 +132,12 @@ class Hello(Message, frozen=True, kw_only=True):
     def wanting(self, instance_id: str, incarnation: str) -> Hello:
         """This Hello as the connecting side sends it to one peer."""
         return msgspec.structs.replace(self, wanted_instance_id=instance_id, wanted_incarnation=incarnation)
+
+
+class Proof(Message, frozen=True):
+    """The sender has the cluster key: the second frame in each direction, where there is one."""
+
+    proof: Annotated[bytes, Meta(min_length=PROOF_BYTES, max_length=PROOF_BYTES)]
 
 
 # -- fetcher to holder -------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ class Validate(Message, frozen=True):
 
 class Refused(Message, frozen=True):
     code: Name
-    """`full`, `unsupported`."""
+    """`full`, `unsupported`, `unauthenticated`."""
     text: Annotated[str, Meta(max_length=1024)]
 
 
@@ -215,10 +224,15 @@ class Validated(Message, frozen=True):
 Request = Get | Lookup | Ping | NixlAttach | Resolve | Validate
 Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated
 Greeting = Hello | Refused
+Proven = Proof | Refused
+UNAUTHENTICATED = "unauthenticated"
+"""Code of a Refused."""
 
 _encoder = msgspec.msgpack.Encoder()
 _hello_decoder = msgspec.msgpack.Decoder(Hello)
 _greeting_decoder: msgspec.msgpack.Decoder[Greeting] = msgspec.msgpack.Decoder(Greeting)
+_proof_decoder = msgspec.msgpack.Decoder(Proof)
+_proven_decoder: msgspec.msgpack.Decoder[Proven] = msgspec.msgpack.Decoder(Proven)
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
@@ -238,6 +252,16 @@ def decode_hello(payload: bytes) -> Hello:
 def decode_greeting(payload: bytes) -> Greeting:
     """The first frame that a fetcher gets. Raises MessageError."""
     return _decode(_greeting_decoder, payload)
+
+
+def decode_proof(payload: bytes) -> Proof:
+    """The second frame that a holder with a cluster key gets. Raises MessageError."""
+    return _decode(_proof_decoder, payload)
+
+
+def decode_proven(payload: bytes) -> Proven:
+    """The second frame that a fetcher with a cluster key gets. Raises MessageError."""
+    return _decode(_proven_decoder, payload)
 
 
 def decode_request(payload: bytes) -> Request:
@@ -284,10 +308,9 @@ def unpack_bits(bitmap: bytes, count: int) -> list[bool]:
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
 
-_MAC_BYTES = 16
-_NO_MAC = bytes(_MAC_BYTES)
-_HEADER = struct.Struct(f"<4sBxHIQ{_MAC_BYTES}s")  # magic, status, position, request, length, mac
-_TRAILER = struct.Struct(f"<4sBxHI{CHECKSUM_BYTES}s{_MAC_BYTES}s")  # magic, verdict, position, request, checksum, mac
+_NO_MAC = bytes(MAC_BYTES)
+_HEADER = struct.Struct(f"<4sBxHIQ{MAC_BYTES}s")  # magic, status, position, request, length, mac
+_TRAILER = struct.Struct(f"<4sBxHI{CHECKSUM_BYTES}s{MAC_BYTES}s")  # magic, verdict, position, request, checksum, mac
 _HEADER_MAGIC, _TRAILER_MAGIC = b"kvmC", b"kvmT"
 HEADER_BYTES = _HEADER.size
 TRAILER_BYTES = _TRAILER.size
@@ -325,27 +348,47 @@ class ChunkTrailer(NamedTuple):
 NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 
 
-def pack_header(header: ChunkHeader) -> bytes:
-    """HEADER_BYTES bytes."""
-    return _HEADER.pack(_HEADER_MAGIC, header.status, header.position, header.request, header.length, _NO_MAC)
+def pack_header(header: ChunkHeader, macs: MacChain | None = None) -> bytes:
+    """HEADER_BYTES bytes, with the next MAC of `macs` where there is authentication."""
+    packed = _HEADER.pack(_HEADER_MAGIC, header.status, header.position, header.request, header.length, _NO_MAC)
+    return _with_mac(packed, Kind.HEADER, macs)
 
 
-def parse_header(buffer: bytes | bytearray | memoryview) -> ChunkHeader:
-    """The header in the first HEADER_BYTES of `buffer`. Raises MessageError."""
-    magic, status, position, request, length, mac = _HEADER.unpack_from(buffer)
-    if magic != _HEADER_MAGIC or status not in {1, 2} or mac != _NO_MAC or length > MAX_CHUNK_BYTES:
+def parse_header(buffer: bytes | bytearray | memoryview, macs: MacChain | None = None) -> ChunkHeader:
+    """The header in the first HEADER_BYTES of `buffer`. Raises MessageError, or AuthenticationError for a wrong MAC."""
+    _check_mac(memoryview(buffer)[:HEADER_BYTES], Kind.HEADER, macs)
+    magic, status, position, request, length, _ = _HEADER.unpack_from(buffer)
+    if magic != _HEADER_MAGIC or status not in {1, 2} or length > MAX_CHUNK_BYTES:
         raise MessageError("not a chunk header")
     return ChunkHeader(ChunkStatus(status), request, position, length)
 
 
-def pack_trailer(trailer: ChunkTrailer) -> bytes:
-    """TRAILER_BYTES bytes."""
-    return _TRAILER.pack(_TRAILER_MAGIC, trailer.verdict, trailer.position, trailer.request, trailer.checksum, _NO_MAC)
+def pack_trailer(trailer: ChunkTrailer, macs: MacChain | None = None) -> bytes:
+    """TRAILER_BYTES bytes, with the next MAC of `macs` where there is authentication."""
+    packed = _TRAILER.pack(
+        _TRAILER_MAGIC, trailer.verdict, trailer.position, trailer.request, trailer.checksum, _NO_MAC
+    )
+    return _with_mac(packed, Kind.TRAILER, macs)
 
 
-def parse_trailer(buffer: bytes | bytearray | memoryview) -> ChunkTrailer:
-    """The trailer in the first TRAILER_BYTES of `buffer`. Raises MessageError."""
-    magic, verdict, position, request, checksum, mac = _TRAILER.unpack_from(buffer)
-    if magic != _TRAILER_MAGIC or verdict not in {1, 2} or mac != _NO_MAC:
+def parse_trailer(buffer: bytes | bytearray | memoryview, macs: MacChain | None = None) -> ChunkTrailer:
+    """The trailer in the first TRAILER_BYTES of `buffer`. Raises as `parse_header`."""
+    _check_mac(memoryview(buffer)[:TRAILER_BYTES], Kind.TRAILER, macs)
+    magic, verdict, position, request, checksum, _ = _TRAILER.unpack_from(buffer)
+    if magic != _TRAILER_MAGIC or verdict not in {1, 2}:
         raise MessageError("not a chunk trailer")
     return ChunkTrailer(Verdict(verdict), request, position, checksum)
+
+
+def _with_mac(packed: bytes, kind: Kind, macs: MacChain | None) -> bytes:
+    if macs is None:
+        return packed
+    body = packed[:-MAC_BYTES]
+    return body + macs.mac(kind, body)
+
+
+def _check_mac(packed: memoryview, kind: Kind, macs: MacChain | None) -> None:
+    if macs is not None:
+        macs.check(kind, packed[:-MAC_BYTES], packed[-MAC_BYTES:])
+    elif packed[-MAC_BYTES:] != _NO_MAC:
+        raise MessageError(f"a {kind.name.lower()} with a MAC where there is no cluster key")

@@ -20,6 +20,7 @@ class Publisher:
     def __init__(self, incarnation: str) -> None:
         self.incarnation = incarnation
         self.keys: set[ChunkKey] = set()
+        self.quarantined: set[ChunkKey] = set()
         self.sequence = 0
 
 
@@ -82,6 +83,18 @@ class ReplicaMachine(RuleBasedStateMachine):
                 self.replica.apply_changes(name, publisher.incarnation, publisher.sequence, added, removed)
             )
             assert gap == (name not in self.synchronised)
+        if name in self.synchronised:
+            publisher.quarantined -= added | removed
+
+    @rule(name=st.sampled_from(IDS), key=st.sampled_from(KEYS), old_life=st.booleans())
+    def quarantine(self, name: str, key: ChunkKey, old_life: bool) -> None:
+        """A holder that is not to be used for a key; nothing happens to strangers, old lives and keys not held."""
+        publisher = self.publishers.get(name)
+        incarnation = "d" * 16 if old_life or publisher is None else publisher.incarnation
+        held = key in self.replica.keys_of(name)
+        assert not self.applied(self.replica.quarantine(name, incarnation, key))
+        if publisher is not None and not old_life and held:
+            publisher.quarantined.add(key)
 
     @rule(name=st.sampled_from(IDS), parts=st.integers(1, 3))
     def snapshot(self, name: str, parts: int) -> None:
@@ -99,6 +112,7 @@ class ReplicaMachine(RuleBasedStateMachine):
             )
             assert not gap
         self.synchronised.add(name)
+        publisher.quarantined &= publisher.keys  # a snapshot is no new announcement
 
     @rule(name=st.sampled_from(IDS))
     def broken_snapshot(self, name: str) -> None:
@@ -119,7 +133,10 @@ class ReplicaMachine(RuleBasedStateMachine):
         assert set(self.replica.keys()) == self.visible
         for key in KEYS:
             holders = set(self.replica.holders(key))
-            assert holders == {name for name in self.publishers if key in self.replica.keys_of(name)}
+            held = {name for name in self.publishers if key in self.replica.keys_of(name)}
+            assert holders == {name for name in held if key not in self.publishers[name].quarantined}
+        for name, publisher in self.publishers.items():
+            assert self.replica.quarantined(name) == publisher.quarantined
         prefix = self.replica.longest_prefix(KEYS)
         assert all(key in self.visible for key in KEYS[:prefix])
         assert prefix == len(KEYS) or KEYS[prefix] not in self.visible
@@ -147,4 +164,39 @@ def test_many_members_reuse_their_bits() -> None:
         replica.apply_snapshot("a", f"{life:016x}", 0, KEYS, True, True)
         replica.member_down(f"passing-{life}", "0" * 16)
     assert max(replica._masks.values()) < 1 << 4
+    replica.check_integrity()
+
+
+def test_quarantine_ends_with_a_new_announcement_or_a_new_life() -> None:
+    """The only holder in quarantine: the key is gone for lookups until there is reason to think that it is good again."""
+    replica = Replica()
+    key = KEYS[0]
+    replica.member_up("a", "0" * 16)
+    replica.apply_snapshot("a", "0" * 16, 5, [key], True, True)
+    assert replica.quarantine("a", "0" * 16, key).vanished == [key]
+    assert replica.quarantine("a", "0" * 16, key).vanished == []
+    assert (key in replica, replica.holders(key), replica.statistics().quarantined) == (False, (), 1)
+    replica.apply_snapshot("a", "0" * 16, 5, [key], True, True)
+    assert key not in replica, "a snapshot repeats what was known before"
+    assert replica.apply_changes("a", "0" * 16, 6, [key], []).appeared == [key]
+    replica.quarantine("a", "0" * 16, key)
+    assert replica.apply_changes("a", "0" * 16, 7, [key], [key]).appeared == [key]
+    replica.quarantine("a", "0" * 16, key)
+    assert replica.member_up("a", "1" * 16).vanished == []
+    assert replica.apply_snapshot("a", "1" * 16, 0, [key], True, True).appeared == [key]
+    replica.check_integrity()
+
+
+def test_a_member_cannot_fill_the_memory() -> None:
+    """What goes beyond the limit is not taken in, by changes and by a snapshot without an end; the rest stays right."""
+    replica = Replica(max_member_keys=3)
+    replica.member_up("a", "0" * 16)
+    for part in range(10):
+        replica.apply_snapshot("a", "0" * 16, 0, KEYS, part == 0, False)
+    assert set(replica.apply_snapshot("a", "0" * 16, 0, [], False, True).appeared) == set(replica.keys())
+    assert len(replica) == 3
+    replica.apply_changes("a", "0" * 16, 1, KEYS, [])
+    assert len(replica) == 3
+    replica.apply_changes("a", "0" * 16, 2, KEYS[5:7], list(replica.keys()))
+    assert replica.keys_of("a") == set(KEYS[5:7])
     replica.check_integrity()

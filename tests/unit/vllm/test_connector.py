@@ -59,6 +59,12 @@ def test_without_sharing_there_is_no_tier_below_the_pool():
     assert extra_of(vllm_config)["secondary_tiers"] == []
 
 
+def test_without_a_pool_there_is_nothing_to_connect():
+    """`local_cpu: false` without sharing would give vLLM a pool of zero bytes; the message says what to leave away."""
+    with pytest.raises(ConfigError, match=r"pool_enabled.*kv-transfer-config"):
+        configure(make_vllm_config(extra={"share": False, "local_cpu": False}))
+
+
 def test_vllm_finds_our_classes_by_what_we_fill_in():
     vllm_config = make_vllm_config()
     configure(vllm_config)

@@ -170,6 +170,21 @@ def test_an_eviction_that_cannot_be_made_retracts_nothing(policy_class):
     ledger.close()
 
 
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_a_chunk_that_is_taken_out_by_name_is_retracted(policy_class):
+    """Whatever reason the manager has for `remove`, its slot goes back to the free ones."""
+    policy, ledger, reported = policy_class(2), SlotLedger.create(2, 4096), []
+    policy.attach(ledger, reported.extend)
+    for number in (0, 1):
+        insert(policy, offload_key(number), ChunkStatus(number), ReqContext("r"))
+    ledger.publish(0, offload_key(0))
+    policy.remove(offload_key(0))
+    policy.remove(offload_key(1))
+    assert ledger.read(0) is None
+    assert reported == [0], "the other had never been published"
+    ledger.close()
+
+
 def insert(policy, key, chunk, context):
     """As this vLLM's manager calls it: with the request's context since 0.33."""
     try:

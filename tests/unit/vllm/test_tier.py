@@ -225,6 +225,15 @@ class TestFetch:
         assert sorted((result.job_id, result.success) for result in tier.get_finished_jobs()) == [(1, True), (2, False)]
         assert not tier.has_pending_work()
 
+    def test_after_a_reset_nothing_is_fetched_before_a_store(self, tier):
+        """Workers may still copy into freed slots when vLLM resets its pool; a completed store says they do not."""
+        tier.node.visible.update({A, B})
+        tier.drain_jobs()
+        assert tier.lookup(A, ReqContext("r1")) is MISS
+        assert lookups(tier) == {("miss", MissReason.DRAINING.value): 1}
+        tier.submit_store(job(1, [C], [0], promotion=False))
+        assert tier.lookup(A, ReqContext("r2")) is HIT
+
     def test_fetches_are_counted(self, tier):
         counted(tier)
         tier.submit_load(job(1, [A, B, C], [3, 4, 5]))

@@ -1,0 +1,54 @@
+"""Taking messages off a ZMQ socket on the asyncio loop, without a future per message."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import zmq
+
+BATCH_MESSAGES = 100
+BATCH_S = 0.01
+"""One socket's turn on the loop ends after so many messages or so long, whichever comes first."""
+
+
+class Intake:
+    """Takes what one socket receives, some at a time, and hands each message's frames to `handle`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
+        self._socket = socket
+        self._handle = handle
+        self._readable = asyncio.Event()
+
+    def wake(self) -> None:
+        """Look again. Needed after every send: it may have used up the signal that something can be read."""
+        self._readable.set()
+
+    async def run(self) -> None:
+        """Until cancelled. `handle` must not raise."""
+        loop = asyncio.get_running_loop()
+        descriptor = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(descriptor, self._readable.set)
+        self._readable.set()
+        try:
+            while True:
+                await self._readable.wait()
+                self._readable.clear()
+                while not self._drain():
+                    await asyncio.sleep(0)  # others' turn
+        finally:
+            loop.remove_reader(descriptor)
+
+    def _drain(self) -> bool:
+        """Take a batch. True when nothing is left."""
+        until_s = time.monotonic() + BATCH_S
+        for _ in range(BATCH_MESSAGES):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return True
+            self._handle(frames)
+            if time.monotonic() > until_s:
+                break
+        return False
