@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 _ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), 127)} | {10: "\\n", 9: "\\t"}
 
@@ -20,6 +22,7 @@ def configure_logging(level: str, *, process: str) -> None:
             f"%(levelname)s %(asctime)s kvmesh-{process} pid=%(process)d %(name)s: %(message)s", "%m-%d %H:%M:%S"
         )
     )
+    handler.addFilter(_FloodFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
@@ -28,6 +31,32 @@ class _OneLineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (overrides)
         return super().formatMessage(record).translate(_ESCAPED)
+
+
+MAX_LINES, WINDOW_S = 300, 10.0
+"""So many lines of one kind in so long are written; whatever a peer or a controller does, a disk does not fill up."""
+
+
+class _FloodFilter(logging.Filter):
+    """Lets the first `MAX_LINES` records of a kind (logger and text before formatting) through, and counts the rest."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Called under the handler's own lock or not: a line more or less does no harm."""
+        kind, now_s = (record.name, str(record.msg)), self._clock()
+        since_s, lines = self._seen.get(kind, (now_s, 0))
+        if now_s - since_s > WINDOW_S:
+            if lines > MAX_LINES:
+                record.msg = f"{record.msg} (kept back: {lines - MAX_LINES} lines of this kind)"
+            since_s, lines = now_s, 0
+        if len(self._seen) > 10_000:  # texts that were made up on the way
+            self._seen.clear()
+        self._seen[kind] = (since_s, lines + 1)
+        return lines < MAX_LINES
 
 
 class LogLimiter:

@@ -19,6 +19,8 @@ import zmq
 
 from kvmesh.core.replica import Replica
 from kvmesh.wire import directory as wire
+from kvmesh.wire.curve import secure_node
+from support.keys import environment_curve
 
 T = TypeVar("T")
 N = TypeVar("N", bound=wire.Message)
@@ -134,6 +136,9 @@ class Node:
         made = context.socket(kind)
         made.setsockopt(zmq.LINGER, 0)
         made.setsockopt(zmq.RECONNECT_IVL, 50)
+        curve = environment_curve()
+        if curve is not None:
+            secure_node(made, curve)
         made.connect(f"tcp://127.0.0.1:{port}")
         return made
 

@@ -20,6 +20,7 @@ from kvmesh.transfer.nixl import NixlTransport
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.tcp import TcpTransport
+from support.keys import environment_security
 from support.transfer_holder import OTHER_INCARNATION, HolderProcess, content, hello, items
 
 CHUNKS, CHUNK_BYTES = 96, 1 << 20
@@ -47,6 +48,7 @@ class Fetcher:
     def __init__(self, channel: str, holder: HolderProcess, target=None, ours=OURS, **options):
         self.holder = holder
         self.pool = HostPool.create(CHUNKS, CHUNK_BYTES)
+        options.setdefault("security", environment_security())
         if channel == "tcp":
             self.transport = TcpTransport(target or holder.target, ours, self.pool, **options)
         else:

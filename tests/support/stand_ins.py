@@ -10,14 +10,15 @@ from kvmesh.bench.cluster import Controller, wait_healthy
 from kvmesh.bench.stand_in import StandInEngine
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
+from support.keys import environment_key
 
 CHUNK_BYTES = 64 * 1024
 
 
 @contextlib.contextmanager
-def running_controller(folder: Path) -> Iterator[Controller]:
-    """A controller process on free ports; stopped at the end."""
-    controller = Controller(folder)
+def running_controller(folder: Path, **options: object) -> Iterator[Controller]:
+    """A controller process on free ports; stopped at the end. Options as of `Controller`."""
+    controller = Controller(folder, **options)  # type: ignore[arg-type]
     controller.start()
     try:
         wait_healthy(controller, timeout_s=60)
@@ -33,6 +34,7 @@ def make_config(controller: Controller | None, instance_id: str, **changed: obje
         "host": "127.0.0.1",
         "transfer_channel": "tcp",
         "stall_timeout_s": 1.0,
+        "cluster_key": environment_key(),
     }
     if controller is not None:
         fields |= {

@@ -28,6 +28,8 @@ from kvmesh.transfer import nixl_holder
 from kvmesh.transfer.base import FetchItem, Located
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.peer import Hello
 
 if TYPE_CHECKING:
@@ -144,6 +146,7 @@ class HolderProcess:
         ucx_tls: str = "",
     ) -> None:
         options = {"chunks": chunks, "chunk_bytes": chunk_bytes, "nixl": nixl, "port": port, "racing": racing}
+        options["key"] = os.environ.get("KVMESH_CLUSTER_KEY", "")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -190,6 +193,10 @@ class HolderProcess:
                 os.kill(self.nixl_pid, signal.SIGKILL)
 
 
+def keyed(text: str) -> PeerSecurity:
+    return PeerSecurity(key=ClusterKey(text).peer_key())
+
+
 def say(answer: object) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
@@ -216,7 +223,14 @@ def main() -> None:
         holder = RacingHolder(pool, host="127.0.0.1")
         holder.start()
     server = PeerServer(
-        pool, store.ledger, store.locate, hello(chunk_bytes), host="127.0.0.1", port=options["port"], nixl=holder
+        pool,
+        store.ledger,
+        store.locate,
+        hello(chunk_bytes),
+        host="127.0.0.1",
+        port=options["port"],
+        nixl=holder,
+        security=keyed(options["key"]) if options["key"] else OPEN,
     )
     server.start()
     say({"port": server.port, "nixl_pid": holder.pid if holder else None})

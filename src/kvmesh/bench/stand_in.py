@@ -72,8 +72,18 @@ class Got(NamedTuple):
 class StandInEngine:
     """Stores and gets chunks as an engine would. Use from one thread, which plays the scheduler."""
 
-    def __init__(self, config: KVMeshConfig, *, slots: int, chunk_bytes: int, kv_format: Format | None = None) -> None:
+    def __init__(
+        self,
+        config: KVMeshConfig,
+        *,
+        slots: int,
+        chunk_bytes: int,
+        kv_format: Format | None = None,
+        stored: Callable[[bytes, int], bytes] = content,
+    ) -> None:
+        """`stored` gives the bytes that `put` stores; another one makes an engine whose chunks nobody may get."""
         self.chunk_bytes = chunk_bytes
+        self._stored = stored
         self.format = kv_format or stand_in_format(chunk_bytes)
         self.pool = HostPool.create(slots, chunk_bytes)
         self.ledger = SlotLedger.create(slots, chunk_bytes)
@@ -101,7 +111,7 @@ class StandInEngine:
                 self._slots.move_to_end(key)
                 continue
             slot = self._allocate()
-            self.pool.row(slot)[:] = content(key, self.chunk_bytes)
+            self.pool.row(slot)[:] = self._stored(key, self.chunk_bytes)
             self._slots[key] = slot
             self.ledger.publish(slot, key)
             slots.append(slot)

@@ -217,6 +217,32 @@ def bench_ttft(
     raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, SHAPES[shape], as_json=as_json))
 
 
+@bench_app.command("transfer")
+def bench_transfer(
+    chunk_mb: Annotated[str, typer.Option(help="Chunk sizes in MiB, separated by commas.")] = "0.0625,1,2,8,32",
+    batches: Annotated[str, typer.Option(help="Chunks per fetch, separated by commas.")] = "1,8,64",
+    connections: Annotated[int, typer.Option(min=1, help="Connections per fetch, for tcp.")] = 2,
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes, one batch, short turns.")] = False,
+) -> None:
+    """Transports between two processes, beside a raw socket and a memory copy in the same run: GB/s and CPU per GB."""
+    import msgspec
+    from rich.console import Console
+
+    from kvmesh.bench.transfer import run_transfer_benchmark
+
+    sizes = [1.0, 8.0] if quick else [float(size) for size in chunk_mb.split(",")]
+    result = run_transfer_benchmark(
+        chunk_sizes_bytes=[int(size * (1 << 20)) for size in sizes],
+        batches=[8] if quick else [int(batch) for batch in batches.split(",")],
+        rounds=1 if quick else 3,
+        connections=connections,
+        console=None if as_json else Console(),
+    )
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+
+
 @bench_app.command("idle")
 def bench_idle(
     seconds: Annotated[float, typer.Option(min=1, help="How long to watch.")] = 30.0,

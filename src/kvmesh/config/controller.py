@@ -137,7 +137,6 @@ def make_controller_config(
     elif not 2 * heartbeat_interval_s <= timeout_s < float("inf"):
         expected = f"at least twice heartbeat_interval_s, {2 * heartbeat_interval_s:g}"
         problems.append(ConfigProblem("instance_timeout_s", "flag", expected, show(timeout_s)))
-    before = len(problems)
     key = find_cluster_key(
         cluster_key_file,
         os.environ if environ is None else environ,
@@ -146,7 +145,7 @@ def make_controller_config(
         problems=problems,
     )
     is_exposed = key is None and not is_loopback(host)
-    if is_exposed and not insecure and len(problems) == before:
+    if is_exposed and not insecure and not any(problem.key in {"--host", "--cluster-key-file"} for problem in problems):
         hint = (
             "give --cluster-key-file (kvmesh key new FILE makes one) or KVMESH_CLUSTER_KEY; or bind localhost; or say "
             "--insecure if everybody who reaches this address may use and change the directory"

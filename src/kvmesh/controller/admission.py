@@ -84,7 +84,8 @@ class Admission:
 
     def _refuse(self, name: str, address: str, failure: SocketEvent) -> None:
         self.refused[name] += 1
-        suppressed = self._limiter.allow(address.rpartition(":")[0], self._clock())
+        reason = self._reason(failure)
+        suppressed = self._limiter.allow(f"{reason} {address.rpartition(':')[0]}", self._clock())
         if suppressed is None:
             return
         log(
@@ -93,7 +94,7 @@ class Admission:
             "handshake_refused",
             socket=name,
             peer=address,
-            reason=self._reason(failure),
+            reason=reason,
             suppressed=suppressed,
         )
 
@@ -104,7 +105,9 @@ class Admission:
 
 
 def _peer_address(descriptor: int) -> str:
-    """Where a connection comes from. ZMQ's descriptor may be closed by now, and even belong to a later connection."""
+    """Where a connection comes from. ZMQ tells only its descriptor, which may be closed by now, and even belong to a
+    later connection: good enough for a log line, and whoever is refused comes again.
+    """
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             host, port = connection.getpeername()[:2]

@@ -21,11 +21,12 @@ send on one side, a message on the other) are full barriers.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import NamedTuple
 
-from kvmesh.core.keys import KEY_MAX_BYTES, ChunkKey, check_key
+from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES, ChunkKey, check_key
 
 CHECKSUM_BYTES = 16
 """xxh3-128 of a chunk's bytes."""
@@ -73,8 +74,10 @@ class SlotLedger:
     @classmethod
     def create(cls, slots: int, chunk_bytes: int) -> SlotLedger:
         """Make an empty ledger in anonymous shared memory, which goes away with the last process that maps it."""
-        fd = os.memfd_create("kvmesh-ledger", os.MFD_CLOEXEC)
+        fd = os.memfd_create("kvmesh-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, cls.size_bytes(slots))
+        # Whoever has the descriptor may write records, but a file cut short would kill all who have it mapped.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(fd, slots=slots, chunk_bytes=chunk_bytes, fresh=True)
 
     @classmethod
@@ -143,14 +146,18 @@ class SlotLedger:
         return self.generation(slot) == generation
 
     def read(self, slot: int) -> Record | None:
-        """The key and generation of a published slot; None when it is not readable or changed during the reading."""
+        """The key and generation of a published slot; None when it is not readable, changed during the reading, or is
+        no record that an owner writes.
+        """
         base = self._base(slot)
         generation: int = self._words[base + _GENERATION]
         if not generation & 1:
             return None
         length = self._words[base + _KEY_LENGTH]
+        if not KEY_MIN_BYTES <= length <= KEY_MAX_BYTES:
+            return None
         start = (base + _KEY) * _WORD
-        key = bytes(self._bytes[start : start + min(length, KEY_MAX_BYTES)])
+        key = bytes(self._bytes[start : start + length])
         if self._words[base + _GENERATION] != generation:
             return None
         return Record(ChunkKey(key), generation)

@@ -48,7 +48,7 @@ class MissReason(str, Enum):
     POOL_FULL = "pool_full"
     """No slot of the host pool was free to fetch into."""
     SHARING_OFF = "sharing_off"
-    """`enable_p2p` is false."""
+    """This instance publishes, but its `retrieve_locations` do not name its peers."""
     BELOW_MINIMUM = "below_minimum"
     """The peers hold fewer tokens of the prompt than `min_retrieve_tokens`."""
     DRAINING = "draining"

@@ -241,11 +241,11 @@ class ControllerClient:
         self._controller = notice.controller_incarnation
         self._set_connected(True)
         named = {member.instance_id for member in notice.members}
-        for member in notice.members:
-            self._member_up(member)
-        if not self._unconfirmed:
+        if not self._unconfirmed:  # first, which makes room
             for instance_id in [known for known in self._members if known not in named]:
                 self._member_down(instance_id, "left")
+        for member in notice.members:
+            self._member_up(member)
         self._send_inventory()
 
     def _register_again(self) -> None:

@@ -39,6 +39,11 @@ class NodeCollector(Collector):
             ("kvmesh_node_served_chunks", "Chunks sent to peers.", now.served_chunks),
             ("kvmesh_node_served_bytes", "Bytes sent to peers.", now.served_bytes),
             ("kvmesh_node_protocol_errors", "Connections closed for malformed input.", served.protocol_errors),
+            (
+                "kvmesh_node_unauthenticated",
+                "Connections refused: no cluster key or another one, no certificate, or changed on the way.",
+                served.unauthenticated,
+            ),
         ):
             yield CounterMetricFamily(name, text, value=value)
         misses = CounterMetricFamily(
@@ -107,6 +112,12 @@ class _Server(uvicorn.Server):
 async def serve_admin(node: Node, listener: socket.socket) -> None:
     """Serve until cancelled."""
     config = uvicorn.Config(
-        make_app(node), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        make_app(node),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        ssl_certfile=node.config.tls_cert_file,
+        ssl_keyfile=node.config.tls_key_file,
     )
     await _Server(config).serve(sockets=[listener])

@@ -257,7 +257,7 @@ class NodeHandle:
         poller = select.poll()
         poller.register(self._socket, select.POLLIN)
         while not self._closing.is_set():
-            if not poller.poll(WAKE_S * 1000):
+            if not poller.poll(self._patience_s() * 1000):
                 self._kill_if_late()
                 continue
             try:
@@ -298,6 +298,14 @@ class NodeHandle:
             self._finished.append(FinishedJob(*msgspec.structs.astuple(message)))
             del self._jobs[message.job_id]
         self._wake_drain()
+
+    def _patience_s(self) -> float:
+        """How long to wait for the node's next word: until the first job is late, but not for ever."""
+        with self._lock:
+            first_s = min((job.give_up_s for job in self._jobs.values()), default=None)
+        if first_s is None:
+            return WAKE_S
+        return min(WAKE_S, max(0.001, first_s - time.monotonic()))
 
     def _kill_if_late(self) -> None:
         now_s = time.monotonic()

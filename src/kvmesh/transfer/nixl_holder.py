@@ -25,7 +25,7 @@ from kvmesh.wire.peer import NixlMetadata
 
 START_TIMEOUT_S = 30.0
 RESTART_INTERVAL_S = 5.0
-"""A process that died sooner after its start is not started again at once."""
+"""One that was started again after so short a life waits so long before the next start: whatever kills it may go on."""
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -69,6 +69,8 @@ class NixlHolder:
         self._lock = threading.Lock()
         self._serving: _Serving | None = None
         self._starts = 0
+        self._is_quick_restart = False
+        """The process that serves now followed one that had lived for less than RESTART_INTERVAL_S."""
         self._is_closed = False
 
     def start(self) -> None:
@@ -116,8 +118,10 @@ class NixlHolder:
                 raise TransferError("nixl holder process", found="closed")
             if serving is not None:
                 _end(serving.process)
-                if time.monotonic() - serving.started_s < RESTART_INTERVAL_S:
+                age_s = time.monotonic() - serving.started_s
+                if self._is_quick_restart and age_s < RESTART_INTERVAL_S:
                     raise TransferError("nixl holder process", found=f"ended with {serving.process.returncode}")
+                self._is_quick_restart = age_s < RESTART_INTERVAL_S
             self._starts += 1
             self._serving = self._spawn(self._starts)
             return self._serving

@@ -31,6 +31,7 @@ from kvmesh.transfer.stream import ARM_TOLERANCE_S, SHORTEST_S, PeerStream
 
 _SEND_PIECE_BYTES = 256 << 10
 """One call's worth: the stall time bounds a call, and a call of OpenSSL returns only when all of it is sent."""
+_TLS_HINT = "all instances of a cluster need TLS files of one CA, or none of them"
 
 
 class Tls(NamedTuple):
@@ -89,12 +90,14 @@ class TlsStream(PeerStream):
             self._tls.do_handshake()
         except TimeoutError:
             raise self._timed_out(by_deadline, "a TLS handshake") from None
+        except (ssl.SSLEOFError, ConnectionError) as error:
+            raise self._broken_off(error) from None
         except ssl.SSLError as error:
             raise PeerAuthenticationError(
                 self.peer,
                 expected="TLS with a certificate of the CA in tls_ca_file",
                 found=_words(error),
-                hint="all instances of a cluster need TLS files of one CA, or none of them",
+                hint=_TLS_HINT,
             ) from None
         except OSError as error:
             raise self._broken(PeerReadError, error) from None
@@ -162,6 +165,13 @@ class TlsStream(PeerStream):
                 raise self._broken(PeerReadError, error) from None
             self._allowed_s = allowed_s
         return by_deadline
+
+    def _broken_off(self, error: OSError) -> KVMeshError:
+        """It may have died just now; or it takes our handshake for a frame that is too long."""
+        if self._shut:
+            return self._broken(PeerReadError, error)
+        found = f"the connection closed in the TLS handshake ({error.strerror or error})"
+        return PeerReadError(self.peer, expected="a TLS handshake", found=found, hint=_TLS_HINT)
 
     def _distrusted(self, error: ssl.SSLError) -> KVMeshError:
         """In TLS 1.3 a client hears only with its first read that its certificate was not taken."""

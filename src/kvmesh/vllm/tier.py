@@ -139,6 +139,8 @@ class PeerTier(SecondaryTierManager):
         return LookupResult.HIT if reason is None else LookupResult.MISS
 
     def _miss_reason(self, key: OffloadKey, request: _Request, req_context: ReqContext) -> MissReason | None:
+        if not self._config.fetches:
+            return MissReason.SHARING_OFF
         if not self._node.is_visible(key):
             return self._why_invisible()
         if self._held:

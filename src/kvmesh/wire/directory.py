@@ -210,7 +210,7 @@ class Refused(Message, frozen=True):
 
     code: Name
     """`duplicate_instance`, `protocol_version`, `connection_in_use`, `too_many_instances`."""
-    text: str
+    text: Annotated[str, Meta(max_length=4096)]
 
 
 class HeartbeatAck(Message, frozen=True):

@@ -98,4 +98,4 @@ async def test_answers_over_a_closed_connection_end_nothing():
 async def test_sockets_refuse_a_host_of_others():
     """A name that is no address of this machine is a StartupError that says so, and leaves nothing open."""
     with pytest.raises(StartupError, match="--host"):
-        open_sockets(make_controller_config(host="192.0.2.1", port=0))
+        open_sockets(make_controller_config(host="192.0.2.1", port=0, insecure=True))

@@ -141,6 +141,13 @@ class TestMinimum:
         assert tier.lookup(A, self.request(A, B, C)) is MISS
         assert lookups(tier) == {("miss", "below_minimum"): 1}
 
+    def test_an_instance_that_only_publishes(self, make_tier):
+        """`retrieve_locations` without the peers: nothing is fetched, and the reason says so."""
+        tier = make_tier(retrieve_locations=["LocalCPUBackend"])
+        tier.node.visible = {A}
+        assert tier.lookup(A, ReqContext("r1")) is MISS
+        assert lookups(tier) == {("miss", MissReason.SHARING_OFF.value): 1}
+
     def test_a_long_enough_run_is_fetched_to_its_end(self, tier):
         tier.node.visible = {A, B, C}
         context = self.request(A, B, C, D)

@@ -7,7 +7,6 @@ written before each request and one after it. Everything that children or librar
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import select
@@ -27,14 +26,16 @@ from kvmesh.errors import KVMeshError
 
 
 class Options(msgspec.Struct, kw_only=True):
-    """What an actor is told on its command line."""
+    """What an actor is told in the first line of its standard input: it may hold a key, so it is no argument."""
 
     config: str
     """`KVMeshConfig.to_wire`, as text."""
     slots: int
     chunk_bytes: int
     foreign_weights: bool = False
-    """Another model under the same name: its chunks have the same keys and other bytes."""
+    """Another model under the same name."""
+    lies: bool = False
+    """Its chunks have other bytes than everybody else's of the same keys: nobody may ever get one."""
 
 
 class Load(msgspec.Struct, kw_only=True):
@@ -61,6 +62,7 @@ class Status(msgspec.Struct):
     peer_port: int
     admin_port: int
     connected: bool
+    incarnation: str
 
 
 class Sent(msgspec.Struct, tag=True):
@@ -113,8 +115,8 @@ class Actor:
             slots=options.slots,
             chunk_bytes=options.chunk_bytes,
             kv_format=stand_in_format(options.chunk_bytes, **foreign),
+            stored=_lie if options.lies else content,
         )
-        self._lies = options.foreign_weights
         self._commands = commands
         self._lines = lines
         self._input = b""
@@ -164,15 +166,13 @@ class Actor:
             ready.peer_port if ready else 0,
             ready.admin_port if ready else 0,
             node.state.directory_connected,
+            ready.incarnation if ready else "",
         )
 
     def put(self, first: int, count: int, chunks: int, series: str = "") -> int:
         """Store documents; returns how many chunks."""
         for number in range(first, first + count):
-            keys = document(number, chunks, series)
-            self._engine.put(keys)
-            if self._lies:
-                self._write_over(keys)
+            self._engine.put(document(number, chunks, series))
         return count * chunks
 
     def forget(self, first: int, count: int, chunks: int, series: str = "") -> None:
@@ -268,6 +268,10 @@ class Actor:
             data = data[os.write(self._lines, data) :]
 
 
+def _lie(key: bytes, size: int) -> bytes:
+    return content(bytes(byte ^ 0xFF for byte in key), size)
+
+
 def _fill(path: Path) -> int:
     size, block = 0, bytes(4096)
     with path.open("wb", buffering=0) as file:
@@ -287,12 +291,17 @@ def _write_some(file: io.FileIO, block: bytes) -> int:
 
 
 def main() -> int:
-    """Run one actor; its options are the only argument."""
+    """Run one actor."""
     lines = os.dup(1)
     os.dup2(2, 1)  # what libraries print would come between our lines
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the harness, which ends us
-    options = msgspec.convert(json.loads(sys.argv[1]), Options)
-    return Actor(options, 0, lines).run()
+    first = bytearray()
+    while not first.endswith(b"\n"):  # byte by byte: what follows belongs to the actor
+        byte = os.read(0, 1)
+        if not byte:
+            return 0
+        first += byte
+    return Actor(msgspec.json.decode(first, type=Options), 0, lines).run()
 
 
 if __name__ == "__main__":

@@ -58,13 +58,14 @@ class Actor:
         command = [*self.prefix, sys.executable, "-m", "kvmesh.bench.chaos.actor"]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, msgspec.json.encode(self.options).decode()],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **self._environment},
                 start_new_session=True,
             )
+        self._write(msgspec.json.encode(self.options))
         threading.Thread(target=self._listen, args=(self._process,), name=f"chaos-{self.name}", daemon=True).start()
         return self.started() if wait else None
 
@@ -121,9 +122,14 @@ class Actor:
         self.kill()
 
     def kill(self, *, node_too: bool = True) -> None:
-        """Kill -9 of the engine, and of all that it has started unless told otherwise."""
+        """Kill -9 of the engine, and of all that it has started unless told otherwise, as when a host dies: nobody
+        says good-bye.
+        """
         if node_too:
             self._note_family()
+            for process in self._family:
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -154,13 +160,16 @@ class Actor:
         return reply
 
     def _send(self, command: str, arguments: dict[str, object]) -> None:
+        self._write(msgspec.json.encode((command, arguments)))
+
+    def _write(self, line: bytes) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(msgspec.json.encode((command, arguments)) + b"\n")
+            self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise StartupError(f"{self.name}: {command}", found=f"{error}\n{tail(self.log())}") from None
+            raise StartupError(self.name, found=f"{error}\n{tail(self.log())}") from None
 
     def _reply(self, timeout_s: float) -> Reply:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,15 @@ from typing import Literal, NamedTuple
 
 from kvmesh.bench.chaos.actors import send_signal, stopped
 from kvmesh.bench.chaos.frames import Port, shower
-from kvmesh.bench.chaos.stage import CHUNKS, DOCUMENTS, Kind, Stage, wait_until
+from kvmesh.bench.chaos.stage import CHUNK_BYTES, CHUNKS, DOCUMENTS, Kind, Stage, wait_until
 from kvmesh.bench.cluster import HOST, wait_healthy
+from kvmesh.bench.stand_in import stand_in_format
+from kvmesh.errors import KVMeshError
+from kvmesh.transfer.base import Deadline
+from kvmesh.transfer.link import PeerLink, PeerTarget
+from kvmesh.transfer.security import PeerSecurity
+from kvmesh.wire.auth import ClusterKey
+from kvmesh.wire.peer import Hello
 
 Transport = Literal["tcp", "nixl"]
 Fault = Callable[[Stage], contextlib.AbstractContextManager[None]]
@@ -37,7 +45,8 @@ class Cell(NamedTuple):
     """The fault stays for a while; otherwise it is over at once, and healing is what is measured."""
     serves: bool = False
     """Requests go on hitting while the fault is there."""
-    quick: bool = False
+    quick: tuple[Transport, ...] = ()
+    """Transports with which it is in the quick selection."""
     needs: Callable[[], str | None] = lambda: None
     """Why it cannot be run here."""
 
@@ -122,11 +131,16 @@ def own_node_stopped(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def corrupted_in_flight(stage: Stage) -> Iterator[None]:
-    """A proxy changes bytes between the peers."""
+    """A proxy changes bytes between the peers.
+
+    Whoever delivered wrong bytes is not asked for that chunk again until it announces it anew, so the end of this is
+    that the chunks are evicted and stored anew.
+    """
     assert stage.corrupting is not None
     stage.corrupting.is_corrupting = True
     yield
     stage.corrupting.is_corrupting = False
+    store_anew(stage)
     if not stage.corrupting.changed:
         stage.problems.append("the proxy had nothing to corrupt")
 
@@ -137,10 +151,14 @@ def slots_spoilt(stage: Stage) -> Iterator[None]:
 
     Memory that changes behind the checksum; what ends it is that the chunks are evicted and stored anew.
     """
-    whole = {"first": 0, "count": DOCUMENTS, "chunks": CHUNKS}
-    stage.holder.tell("spoil", **whole)
+    stage.holder.tell("spoil", first=0, count=DOCUMENTS, chunks=CHUNKS)
     yield
-    stage.holder.tell("forget", **whole)
+    store_anew(stage)
+
+
+def store_anew(stage: Stage) -> None:
+    """Evict all documents, and store them again, as an engine under pressure would in time."""
+    stage.holder.tell("forget", first=0, count=DOCUMENTS, chunks=CHUNKS)
     stage.publish()
 
 
@@ -211,7 +229,7 @@ def wrong_format(stage: Stage) -> Iterator[None]:
 
     Another model under the same name joins, with the same keys and other bytes.
     """
-    stranger = stage.join("stranger", foreign_weights=True)
+    stranger = stage.join("stranger", foreign_weights=True, lies=True)
     stranger.tell("put", first=0, count=DOCUMENTS, chunks=CHUNKS)
     yield
     if stranger.status().peers:
@@ -276,6 +294,36 @@ def clocks_apart(stage: Stage) -> Iterator[None]:
     stage.later(back)
     stage.restart_holder()
     yield
+
+
+@contextlib.contextmanager
+def wrong_key(stage: Stage) -> Iterator[None]:
+    """Instances with another cluster key, and with none, want to join and to fetch."""
+    strangers = [
+        stage.join("other-key", lies=True, cluster_key=secrets.token_urlsafe(32)),
+        stage.join("no-key", lies=True, cluster_key=None),
+    ]
+    for stranger in strangers:
+        stranger.tell("put", first=0, count=DOCUMENTS, chunks=CHUNKS)
+    for key in (None, ClusterKey(secrets.token_urlsafe(32)).peer_key()):
+        if _is_let_in(stage, PeerSecurity(key)):
+            stage.problems.append("the holder talks to a stranger" + (" with another key" if key else ""))
+    yield
+    if len(stage.controller.instances()) != 2 or any(stranger.status().peers for stranger in strangers):
+        stage.problems.append("a stranger is a member")
+    for stranger in strangers:
+        stranger.close()
+
+
+def _is_let_in(stage: Stage, security: PeerSecurity) -> bool:
+    holder = stage.holder.status()
+    target = PeerTarget("holder", holder.incarnation, HOST, holder.peer_port)
+    ours = Hello.of("stranger", "0" * 16, stand_in_format(CHUNK_BYTES))
+    try:
+        PeerLink.dial(target, ours, Deadline(time.monotonic() + 5, 5), security).close()
+    except KVMeshError:
+        return False
+    return True
 
 
 # -- the controller ----------------------------------------------------------------------------------------------------
@@ -371,25 +419,28 @@ def random_frames(stage: Stage) -> Iterator[None]:
         stage.problems.append("a process has ended")
 
 
+TCP: tuple[Transport, ...] = ("tcp",)
+NIXL: tuple[Transport, ...] = ("nixl",)
 CELLS: tuple[Cell, ...] = (
-    Cell("peer-node-killed", peer_node_killed, lasts=False, quick=True),
-    Cell("peer-stopped", peer_stopped, quick=True),
+    Cell("peer-node-killed", peer_node_killed, lasts=False, quick=BOTH),
+    Cell("peer-stopped", peer_stopped, quick=BOTH),
     Cell("peer-restarted", peer_restarted, lasts=False),
-    Cell("engine-killed", engine_killed, quick=True),
-    Cell("nixl-process-killed", nixl_process_killed, transports=("nixl",), lasts=False),
-    Cell("own-node-killed", own_node_killed, lasts=False, quick=True),
+    Cell("engine-killed", engine_killed, quick=TCP),
+    Cell("nixl-process-killed", nixl_process_killed, transports=NIXL, lasts=False, quick=NIXL),
+    Cell("own-node-killed", own_node_killed, lasts=False, quick=BOTH),
     Cell("own-node-stopped", own_node_stopped, lasts=False),
-    Cell("slots-spoilt", slots_spoilt, quick=True),
-    Cell("slots-reused", slots_reused, quick=True),
+    Cell("slots-spoilt", slots_spoilt),
+    Cell("slots-reused", slots_reused, quick=BOTH),
     Cell("wrong-format", wrong_format, serves=True),
     Cell("wrong-incarnation", wrong_incarnation),
     Cell("address-reused", address_reused),
     Cell("duplicate-id", duplicate_id, serves=True),
     Cell("clocks-apart", clocks_apart, lasts=False, needs=_needs_clocks),
-    Cell("controller-stopped", controller_stopped, serves=True, quick=True),
-    Cell("controller-killed", controller_killed, serves=True, quick=True),
-    Cell("random-frames", random_frames, serves=True, quick=True),
-    Cell("corrupted-in-flight", corrupted_in_flight, "proxied", ("tcp",), quick=True),
+    Cell("controller-stopped", controller_stopped, serves=True, quick=TCP),
+    Cell("controller-killed", controller_killed, serves=True, quick=TCP),
+    Cell("random-frames", random_frames, serves=True, quick=TCP),
+    Cell("corrupted-in-flight", corrupted_in_flight, "proxied", TCP, quick=TCP),
+    Cell("wrong-key", wrong_key, "secured", serves=True, quick=TCP),
     Cell("directory-gap-up", gap_of_events, "lossy"),
     Cell("directory-gap-down", gap_of_notices, "lossy"),
     Cell("disks-full", disks_full, "small_disks", lasts=False),

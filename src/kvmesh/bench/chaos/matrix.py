@@ -106,7 +106,7 @@ def choose(only: Sequence[str], *, quick: bool) -> list[tuple[Transport, Cell]]:
         (transport, cell)
         for transport in ("tcp", "nixl")
         for cell in CELLS
-        if transport in cell.transports and (cell.quick or not quick or only)
+        if transport in cell.transports and (transport in cell.quick or not quick or only)
     ]
     if only:
         wanted = set(only)
@@ -114,7 +114,7 @@ def choose(only: Sequence[str], *, quick: bool) -> list[tuple[Transport, Cell]]:
     return sorted(chosen, key=lambda entry: (entry[0] != "tcp", _KINDS.index(entry[1].kind)))
 
 
-_KINDS: tuple[Kind, ...] = ("local", "proxied", "lossy", "small_disks", "network")
+_KINDS: tuple[Kind, ...] = ("local", "proxied", "secured", "lossy", "small_disks", "network")
 
 
 class Availability:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from kvmesh.bench.chaos.proxies import CorruptingProxy, LossyProxy
 from kvmesh.bench.chaos.traffic import Traffic
 from kvmesh.bench.cluster import HOST, Controller, free_ports, wait_healthy
 from kvmesh.config import KVMeshConfig
+from kvmesh.config.cluster_key import CLUSTER_KEY_VARIABLE
 
-Kind = Literal["local", "network", "proxied", "lossy", "small_disks"]
+Kind = Literal["local", "network", "proxied", "lossy", "small_disks", "secured"]
 
 CHUNK_BYTES = 256 * 1024
 CHUNKS = 6
@@ -82,6 +84,10 @@ class Stage:
             self.network.open()
         self.controller = Controller(self.folder)
         beyond = ["--host", "0.0.0.0", "--insecure"] if self.network else []
+        self.cluster_key: str | None = None
+        if self.kind == "secured":
+            self.cluster_key = secrets.token_urlsafe(32)
+            self.controller.env = {CLUSTER_KEY_VARIABLE: self.cluster_key}
         self.controller.command = [
             *self.controller.command,
             *("--heartbeat-interval", str(HEARTBEAT_S), "--instance-timeout", str(6 * HEARTBEAT_S)),
@@ -114,11 +120,17 @@ class Stage:
     # -- for faults ----------------------------------------------------------------------------------------------------
 
     def actor(self, name: str, traffic: Traffic | None = None, *, instance_id: str = "", **changed: object) -> Actor:
-        """A further engine, not started yet. `changed` are configuration keys, and `foreign_weights`."""
-        foreign = bool(changed.pop("foreign_weights", False))
+        """A further engine, not started yet. `changed` are configuration keys, and what `Options`
+        calls `foreign_weights` and `lies`.
+        """
+        foreign, lies = (bool(changed.pop(name, False)) for name in ("foreign_weights", "lies"))
         config = self._config(name, instance_id or name, changed)
         options = Options(
-            config=config.to_wire().decode(), slots=SLOTS, chunk_bytes=CHUNK_BYTES, foreign_weights=foreign
+            config=config.to_wire().decode(),
+            slots=SLOTS,
+            chunk_bytes=CHUNK_BYTES,
+            foreign_weights=foreign,
+            lies=lies,
         )
         prefix, environment = self._surroundings(name)
         return Actor(
@@ -199,6 +211,7 @@ class Stage:
             "lookup_port": lookup_port,
             "admin_port": 0,
             "insecure": self.network is not None,
+            "cluster_key": self.cluster_key,
             "transfer_channel": self.transport,
             "fetch_timeout_s": FETCH_TIMEOUT_S,
             "stall_timeout_s": STALL_TIMEOUT_S,

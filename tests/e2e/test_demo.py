@@ -1,0 +1,53 @@
+"""`kvmesh demo --once --json`: what a script sees of the demonstration."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvmesh.models import TINY, ModelError, make_smollm2, make_tiny_llama
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def run_demo(folder: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, object]]:
+    """Run the command; returns its exit status and what it printed."""
+    command = [sys.executable, "-m", "kvmesh.cli", "demo", "--once", "--json", "--logs", str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=580, check=False, env={**os.environ, **environment}
+    )
+    assert done.stdout, done.stderr
+    assert not [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(process.info["cmdline"] or ()) and process.pid != os.getpid()
+    ], "the demo leaves no process behind"
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_the_demo_on_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2 and the seed's prompt: pulled, quicker than cold, and the same text."""
+    try:
+        make_smollm2()
+    except ModelError as error:
+        pytest.skip(f"SmolLM2 cannot be had: {error}")
+    status, figures = run_demo(tmp_path)
+    assert status == 0
+    assert figures["text_identical"] is True
+    assert figures["pulled_tokens"] == 1024
+    assert float(str(figures["peer_ttft_s"])) < float(str(figures["cold_ttft_s"]))
+
+
+def test_nothing_pulled_is_a_failure(tmp_path: Path) -> None:
+    """With instances that only publish, the exit status says that nothing was pulled."""
+    model = make_tiny_llama(shape=TINY)
+    status, figures = run_demo(tmp_path, "--model", str(model), KVMESH_RETRIEVE_LOCATIONS="pool")
+    assert status == 1
+    assert figures["pulled_tokens"] == 0
+    assert figures["ok"] is False

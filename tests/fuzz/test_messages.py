@@ -1,0 +1,195 @@
+"""Every decoder, given anything: a message that can be encoded again, or the one error that its readers expect."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuzz.effort import fuzz
+from fuzz.inputs import hostile
+from kvmesh.bench.stand_in import make_key, stand_in_format
+from kvmesh.core.reasons import MissReason
+from kvmesh.wire import directory, link, peer
+from kvmesh.wire.framing import FrameBuffer, FrameError, pack_frame
+from unit.controller.makers import make_keys, make_member
+
+WHO = ("a", "0" * 16)
+FORMAT = stand_in_format(4096)
+HELLO = peer.Hello.of(*WHO, FORMAT)
+DIRECTORY = [
+    directory.encode(message)
+    for message in (
+        directory.Register(make_member("a")),
+        directory.Heartbeat(*WHO, 3, directory.NodeStatistics(misses={"evicted": 4}), 1, 2),
+        directory.SnapshotRequest(*WHO),
+        directory.Leave(*WHO),
+        directory.FetchReport(
+            instance_id="a",
+            incarnation="0" * 16,
+            request_id="r",
+            holders=("b",),
+            transport="tcp",
+            chunks_asked=4,
+            chunks_fetched=3,
+            fetched_bytes=12,
+            seconds=0.5,
+            misses={"evicted": 1},
+            corrupt={"b": 1},
+        ),
+        directory.Changes(*WHO, 4, make_keys(3), make_keys(2)),
+        directory.Snapshot(*WHO, 4, make_keys(3), first=True, last=False),
+        directory.Registered("0" * 16, 1.0, 3.0, [make_member("b")], 1),
+        directory.Refused("duplicate_instance", "taken"),
+        directory.HeartbeatAck("0" * 16, known=True),
+        directory.MemberUp(make_member("b")),
+        directory.MemberDown(*WHO, "left"),
+        directory.Resync(*WHO),
+    )
+]
+LINK = [
+    link.encode(message)
+    for message in (
+        link.Start(b"{}", FORMAT, 3, (link.Segment(4, 0, 4096),), 1),
+        link.Publish([1, 2], fetched=True),
+        link.Retract([3]),
+        link.Fetch(1, "r", [make_key("a")], [0], 5.0),
+        link.GiveUp(),
+        link.Ready("a", "0" * 16, "127.0.0.1", 1, 2),
+        link.Failed("no"),
+        link.FetchDone(1, [None, MissReason.STALE], 4096, 0.1, ["b"]),
+        link.Visible([make_key("a")], [make_key("b")], reset=True),
+        link.Directory(connected=True, ever_connected=True, peers=3),
+    )
+]
+PEER = [
+    peer.encode(message)
+    for message in (
+        HELLO.wanting("b", "1" * 16),
+        peer.Get(1, [make_key("a")]),
+        peer.Lookup([make_key("a"), make_key("b")]),
+        peer.Ping(1),
+        peer.NixlAttach(),
+        peer.Resolve([make_key("a")]),
+        peer.Validate([peer.SlotGeneration(1, 3)]),
+        peer.Refused("full", "many"),
+        peer.Held(b"\x03"),
+        peer.Pong(1),
+        peer.NixlMetadata(b"m", 1, 4096, 64),
+        peer.Resolved(1, [peer.Place(4096, 4096, 3, 1), None]),
+        peer.Validated([b"c" * 16, b""]),
+    )
+]
+RAW = {
+    "directory.request": (directory.request_decoder, directory.Request, DIRECTORY),
+    "directory.event": (directory.event_decoder, directory.Event, DIRECTORY),
+    "directory.notice": (directory.notice_decoder, directory.Notice, DIRECTORY),
+    "link.to_node": (link.to_node_decoder, link.ToNode, LINK),
+    "link.to_engine": (link.to_engine_decoder, link.ToEngine, LINK),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+@given(data=st.data())
+@fuzz(150)
+def test_directory_and_link_messages(name: str, data: st.DataObject) -> None:
+    """ValueError or RecursionError: what all receivers catch. What passes keeps its limits when it is sent on."""
+    decoder, union, originals = RAW[name]
+    payload = data.draw(hostile(get_args(union), originals))
+    try:
+        message = decoder.decode(payload)
+    except (ValueError, RecursionError):
+        return
+    assert decoder.decode(msgspec.msgpack.encode(message)) == message
+
+
+@pytest.mark.parametrize("decode", [peer.decode_hello, peer.decode_greeting, peer.decode_request, peer.decode_answer])
+@given(data=st.data())
+@fuzz(150)
+def test_peer_messages(decode: object, data: st.DataObject) -> None:
+    kinds = (peer.Hello, *get_args(peer.Request), *get_args(peer.Answer))
+    payload = data.draw(hostile(kinds, PEER))
+    try:
+        message = decode(payload)  # type: ignore[operator]
+    except peer.MessageError:
+        return
+    assert decode(peer.encode(message)) == message  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("payload", [*DIRECTORY, *LINK, *PEER])
+def test_the_originals_are_valid(payload: bytes) -> None:
+    """Otherwise what is made from them tries nothing."""
+    decoders = [decoder.decode for decoder, _, _ in RAW.values()]
+    decoders += [peer.decode_hello, peer.decode_request, peer.decode_answer]
+    accepted = 0
+    for decode in decoders:
+        try:
+            decode(payload)
+        except (ValueError, RecursionError):  # noqa: PERF203 - of another direction
+            continue
+        accepted += 1
+    assert accepted
+
+
+@pytest.mark.parametrize("field", ["incarnation", "format_id"])
+def test_identities_have_no_line_break_at_their_end(field: str) -> None:
+    """`$` in a pattern would let one pass."""
+    bad = msgspec.structs.replace(HELLO, **{field: getattr(HELLO, field) + "\n"})
+    with pytest.raises(peer.MessageError):
+        peer.decode_hello(peer.encode(bad))
+
+
+@given(pieces=st.lists(st.binary(max_size=40), max_size=20), limit=st.integers(1, 64))
+@fuzz(200)
+def test_frames(pieces: list[bytes], limit: int) -> None:
+    """A buffer gives payloads within the limit or FrameError, and keeps no more than one frame and what just came."""
+    buffer = FrameBuffer(limit)
+    for piece in pieces:
+        try:
+            payloads = buffer.feed(piece)
+        except FrameError:
+            return
+        assert all(0 < len(payload) <= limit for payload in payloads)
+        assert len(buffer._data) < limit + 4
+
+
+@given(payloads=st.lists(st.binary(min_size=1, max_size=40), max_size=8), sizes=st.lists(st.integers(1, 50), max_size=99))
+@fuzz(100)
+def test_frames_come_out_as_they_went_in_however_they_are_cut(payloads: list[bytes], sizes: list[int]) -> None:
+    stream, found, buffer = b"".join(map(pack_frame, payloads)), [], FrameBuffer(40)
+    for size in [*sizes, len(stream)]:
+        found += buffer.feed(stream[:size])
+        stream = stream[size:]
+    assert found == payloads
+
+
+@given(buffer=st.binary(min_size=peer.HEADER_BYTES, max_size=peer.HEADER_BYTES + 8))
+@fuzz(200)
+def test_chunk_headers_and_trailers(buffer: bytes) -> None:
+    """Whatever stands there: a header or trailer within its limits, or MessageError."""
+    for magic in (b"", b"kvmC\x01", b"kvmT\x01"):
+        data = (magic + buffer)[: max(peer.HEADER_BYTES, peer.TRAILER_BYTES)].ljust(peer.TRAILER_BYTES, b"\0")
+        try:
+            header = peer.parse_header(data)
+            assert header.length <= peer.MAX_CHUNK_BYTES
+        except peer.MessageError:
+            pass
+        try:
+            assert len(peer.parse_trailer(data).checksum) == 16
+        except peer.MessageError:
+            pass
+
+
+@given(bitmap=st.binary(max_size=20), count=st.integers(0, 200))
+@fuzz(200)
+def test_bitmaps(bitmap: bytes, count: int) -> None:
+    try:
+        bits = peer.unpack_bits(bitmap, count)
+    except peer.MessageError:
+        assert len(bitmap) != (count + 7) // 8
+        return
+    assert len(bits) == count
+    assert peer.unpack_bits(peer.pack_bits(bits), count) == bits
