@@ -42,7 +42,9 @@ def fill(ledger: SlotLedger, pool: HostPool) -> None:
         ledger.set_checksum(slot, generation, xxhash.xxh3_128_digest(pool.row(slot)))
 
 
-@given(content=st.binary(max_size=SIZE), size=st.integers(0, 2 * SIZE), changes=st.lists(st.integers(0, 63), max_size=4))
+@given(
+    content=st.binary(max_size=SIZE), size=st.integers(0, 2 * SIZE), changes=st.lists(st.integers(0, 63), max_size=4)
+)
 @fuzz(150)
 def test_attaching_to_anything(ledger: SlotLedger, content: bytes, size: int, changes: list[int]) -> None:
     """A file that is no whole ledger is refused; one that passes is one that can be read to its end."""

@@ -94,7 +94,7 @@ RAW = {
 
 @pytest.mark.parametrize("name", RAW)
 @given(data=st.data())
-@fuzz(150)
+@fuzz(60)
 def test_directory_and_link_messages(name: str, data: st.DataObject) -> None:
     """ValueError or RecursionError: what all receivers catch. What passes keeps its limits when it is sent on."""
     decoder, union, originals = RAW[name]
@@ -108,7 +108,7 @@ def test_directory_and_link_messages(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("decode", [peer.decode_hello, peer.decode_greeting, peer.decode_request, peer.decode_answer])
 @given(data=st.data())
-@fuzz(150)
+@fuzz(60)
 def test_peer_messages(decode: object, data: st.DataObject) -> None:
     kinds = (peer.Hello, *get_args(peer.Request), *get_args(peer.Answer))
     payload = data.draw(hostile(kinds, PEER))
@@ -156,7 +156,9 @@ def test_frames(pieces: list[bytes], limit: int) -> None:
         assert len(buffer._data) < limit + 4
 
 
-@given(payloads=st.lists(st.binary(min_size=1, max_size=40), max_size=8), sizes=st.lists(st.integers(1, 50), max_size=99))
+@given(
+    payloads=st.lists(st.binary(min_size=1, max_size=40), max_size=8), sizes=st.lists(st.integers(1, 50), max_size=99)
+)
 @fuzz(100)
 def test_frames_come_out_as_they_went_in_however_they_are_cut(payloads: list[bytes], sizes: list[int]) -> None:
     stream, found, buffer = b"".join(map(pack_frame, payloads)), [], FrameBuffer(40)

@@ -111,9 +111,7 @@ def garbage() -> dict[str, bytes]:
     }
 
 
-def test_garbage(
-    capfd: pytest.CaptureFixture[str], controller: FakeController, request: pytest.FixtureRequest
-) -> None:
+def test_garbage(capfd: pytest.CaptureFixture[str], controller: FakeController, request: pytest.FixtureRequest) -> None:
     """What cannot be read costs one logged line now and then, not the node."""
     engine = request.getfixturevalue("engine")  # its node writes to where capfd looks
     for frame in garbage().values():

@@ -104,13 +104,15 @@ def test_members_share(controller, channel, heartbeat):
 @pytest.mark.parametrize(
     ("key", "node_says", "controller_says"),
     [
-        (OTHER_KEY_TEXT, "its cluster key is another one than ours", "its cluster key is another one"),
-        (None, "it wants a cluster key and this node has none", "it has no cluster key"),
+        (OTHER_KEY_TEXT, "most likely it has another cluster key", "its cluster key is another one"),
+        (None, "it wants a cluster key", "it has no cluster key"),
     ],
     ids=["another key", "no key"],
 )
 def test_a_stranger_sees_nobody_and_is_named(controller, capfd, key, node_says, controller_says):
-    """It stays out, both logs say why, once, and the members do not notice."""
+    """It stays out, both logs say why, once (the node twice at most: a guess, then what it knows), and the members do
+    not notice.
+    """
     before = refused(controller)
     with (
         running_engine(config(controller, "left")) as left,
@@ -129,7 +131,8 @@ def test_a_stranger_sees_nobody_and_is_named(controller, capfd, key, node_says, 
         assert not any(str(name).startswith("stranger") for name in listed)
     lines = capfd.readouterr().err.splitlines()
     complaints = [line for line in lines if "does not accept this node" in line]
-    assert len([line for line in complaints if node_says in line]) == 1, lines
+    assert len(complaints) in {1, 2}, lines
+    assert any(node_says in line for line in complaints), lines
     told = re.findall(r"event=handshake_refused.*", controller.log())
     assert any(controller_says in line and re.search(r" peer=(127\.0\.0\.1:|unknown)", line) for line in told)
     assert KEY_TEXT not in controller.log() + "".join(lines)
@@ -143,7 +146,7 @@ def test_a_node_with_a_key_stays_out_of_a_cluster_without_one(open_controller, c
     ):
         assert not stranger.wait_peers(1, timeout_s=2.0)
         assert member.node.state.peers == 0
-    assert "this node has a cluster key and the controller has none" in capfd.readouterr().err
+    assert re.search(r"the controller does not accept this node .*: .* none", capfd.readouterr().err)
 
 
 def test_a_node_is_let_in_once_the_controller_has_the_key(tmp_path):
@@ -205,7 +208,12 @@ def test_garbage_at_every_port_disturbs_nobody(controller):
 def throw_garbage(port: int, seed: int) -> None:
     """Random bytes, some of them beginning as this port's protocol does."""
     chosen = random.Random(seed)
-    openings = (b"", b"\xff\0\0\0\0\0\0\0\1\x7f\x03\x00CURVE" + bytes(15) + bytes(32), b"\x40\0\0\0", b"GET / HTTP/1.1\r\n")
+    openings = (
+        b"",
+        b"\xff\0\0\0\0\0\0\0\1\x7f\x03\x00CURVE" + bytes(15) + bytes(32),
+        b"\x40\0\0\0",
+        b"GET / HTTP/1.1\r\n",
+    )
     for _ in range(50):
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:

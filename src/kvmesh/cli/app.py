@@ -217,6 +217,41 @@ def bench_ttft(
     raise typer.Exit(run_ttft(chosen, 2 if quick else repeats, channel, SHAPES[shape], as_json=as_json))
 
 
+@bench_app.command("long-doc-qa")
+def bench_long_doc_qa(
+    model: Annotated[str, typer.Option(help="Model name as the server knows it.")],
+    num_documents: Annotated[int, typer.Option(min=1)] = 50,
+    document_length: Annotated[int, typer.Option(min=1, help="Tokens per document, about.")] = 10_000,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 100,
+    repeat_count: Annotated[int, typer.Option(min=1, help="Queries per document.")] = 1,
+    repeat_mode: Annotated[str, typer.Option(help="Order of the queries: tile, interleave or random.")] = "tile",
+    port: Annotated[int, typer.Option(help="Port of the server on this machine.")] = 8000,
+    max_inflight_requests: Annotated[int, typer.Option(min=1)] = 4,
+    base_url: Annotated[str | None, typer.Option(help="Server elsewhere, such as http://host:8000.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Long documents, asked about once and then again: the benchmark of LMCache's P2P page, with its flags and lines.
+
+    Run it against instance 1 and then, with the same flags, against instance 2: the warm-up round of the second shows
+    what peers give.
+    """
+    from kvmesh.bench.long_doc_qa import MODES, LongDocQa, run_long_doc_qa
+
+    if repeat_mode not in MODES:
+        raise typer.BadParameter(f"{repeat_mode!r} is not one of {', '.join(MODES)}", param_hint="--repeat-mode")
+    plan = LongDocQa(
+        model=model,
+        base_url=base_url or f"http://127.0.0.1:{port}",
+        num_documents=num_documents,
+        document_length=document_length,
+        output_len=output_len,
+        repeat_count=repeat_count,
+        repeat_mode=repeat_mode,
+        max_inflight_requests=max_inflight_requests,
+    )
+    raise typer.Exit(run_long_doc_qa(plan, as_json=as_json))
+
+
 @bench_app.command("transfer")
 def bench_transfer(
     chunk_mb: Annotated[str, typer.Option(help="Chunk sizes in MiB, separated by commas.")] = "0.0625,1,2,8,32",

@@ -63,7 +63,7 @@ class Handshakes:
 
     def _complain(self, told: SocketEvent, url: str) -> None:
         reason = self._reason(told)
-        if reason not in self._said:
+        if reason not in self._said and (told.is_mismatch or not self._said):  # a guess is not worth a second line
             self._said.add(reason)
             log.error("the controller does not accept this node url=%s: %s", url, reason)
 
@@ -73,5 +73,8 @@ class Handshakes:
         if told.is_mismatch:
             return "it wants a cluster key and this node has none; set cluster_key_file or KVMESH_CLUSTER_KEY"
         if self._has_key:
-            return "it ends the handshake; most likely its cluster key is another one than ours"
-        return "it ends the handshake; is this one of the controller's --monitor-ports?"
+            return "it ends the handshake; most likely it has another cluster key, or none"
+        return (
+            "it ends the handshake; most likely it wants a cluster key (set cluster_key_file or KVMESH_CLUSTER_KEY), or "
+            "this is none of its --monitor-ports"
+        )

@@ -173,9 +173,8 @@ class TestStrangers:
         with serving(store, holder) as server, fetching(pool, server.port, fetcher) as transport:
             for _ in range(3):
                 assert fetch(transport, pool) == {MissReason.UNAUTHENTICATED}
-            statistics = server.statistics()
-            assert statistics.unauthenticated >= 3
-            assert statistics.served_chunks == 0
+            wait_until(lambda: server.statistics().unauthenticated >= 3)
+            assert server.statistics().served_chunks == 0
         assert all(bytes(pool.row(slot)) == UNTOUCHED for slot in range(CHUNKS))
         said = [record.message for record in caplog.records if "unauthenticated" in record.message]
         assert sum(line.startswith("peer refused") for line in said) == 1  # the holder's

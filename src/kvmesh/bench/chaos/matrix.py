@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmesh.bench.chaos import network
-from kvmesh.bench.chaos.faults import CELLS, Cell, Transport
+from kvmesh.bench.chaos.cells import CELLS, Cell, Transport
 from kvmesh.bench.chaos.stage import FETCH_TIMEOUT_S, Kind, Stage
 from kvmesh.bench.chaos.traffic import reasons, share
 from kvmesh.errors import KVMeshError

@@ -29,7 +29,9 @@ def show_progress(number: int, count: int, result: Result) -> None:
         verdict = f"[red]FAILED[/] {'; '.join(result.failures)}"
     else:
         verdict = f"[green]ok[/] {result.sent} requests, healed after {result.recovery_s or 0.0:.2f} s"
-    progress.print(f"{f'{number}/{count}' if count else number} {name:<28} {result.seconds:5.1f} s  {verdict}")
+    progress.print(
+        f"{f'{number}/{count}' if count else number} {name:<28} {result.seconds:5.1f} s  {verdict}", soft_wrap=True
+    )
 
 
 def show_table(results: Sequence[Result]) -> None:

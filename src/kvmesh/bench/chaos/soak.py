@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
-from kvmesh.bench.chaos.faults import CELLS, Cell
+from kvmesh.bench.chaos.cells import CELLS, Cell
 from kvmesh.bench.chaos.matrix import Availability, Pace, Result, run_cell
 from kvmesh.bench.chaos.report import console, progress, show_progress
 from kvmesh.bench.chaos.stage import Stage
