@@ -1,6 +1,6 @@
 # Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chaos test test-unit test-contract test-process test-e2e check format lock clean
+.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-e2e check format lock clean
 SHELL := /bin/bash
 
 export TORCH_INDEX PYTHON
@@ -15,10 +15,10 @@ setup: ## make or update .venv (PYTHON=, TORCH_INDEX= where the defaults do not 
 demo: setup ## two vLLM servers on this machine, one reuses what the other has computed
 	@.venv/bin/kvmesh demo
 
-test: setup ## all tests: unit, process, e2e; says what each stage took
+test: setup ## all tests: unit, fuzz, contract, process, e2e; says what each stage took
 	@$(python) scripts/run_tests.py
 
-test-unit test-contract test-process test-e2e: test-%: setup
+test-unit test-fuzz test-contract test-process test-e2e: test-%: setup
 	@$(python) scripts/run_tests.py $*
 
 chaos: setup ## faults done to real processes under load, as a table (CHAOS="--quick", "--only link-cut", "--soak 20")

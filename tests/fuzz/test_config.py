@@ -1,4 +1,4 @@
-"""Configuration from files, environment and the connector's extra keys: a configuration, or ConfigError. Nothing else."""
+"""Configuration from files, environment and the connector: a configuration, or ConfigError. Nothing else."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ def test_attaching_to_anything(ledger: SlotLedger, content: bytes, size: int, ch
         os.close(fd)
         return
     found.statistics()
-    assert [found.read(slot) for slot in range(found.slots)] is not None
+    for slot in range(found.slots):
+        found.read(slot)
     found.close()
 
 
@@ -87,7 +88,7 @@ async def test_records_that_somebody_scribbled_over(
                 assert record.generation & 1
                 checksum = ledger.checksum(slot, record.generation)
                 assert checksum is None or len(checksum) == 16
-        for key in inventory.keys():
+        for key in list(inventory.keys()):
             located = inventory.locate(key)
             if located is not None:
                 assert 0 <= located.slot < SLOTS

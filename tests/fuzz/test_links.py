@@ -103,7 +103,7 @@ async def test_an_engine_that_says_anything(memory: tuple[HostPool, SlotLedger],
 @given(payload=hostile([link.Start], [link.encode(link.Start(b"{}", stand_in_format(1), 0, (), 1))]))
 @fuzz(60)
 async def test_a_start_that_is_anything(payload: bytes) -> None:
-    """Refused with words or an exit status. (Descriptors are those of an engine that has started us: not tried.)"""
+    """Refused, or a Start whose numbers are numbers. What they name is the business of the engine that starts us."""
     with contextlib.suppress(ValueError, RecursionError):
         message = link.to_node_decoder.decode(payload)
         if isinstance(message, link.Start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import get_args
 
 import msgspec
@@ -128,7 +129,7 @@ def test_the_originals_are_valid(payload: bytes) -> None:
     for decode in decoders:
         try:
             decode(payload)
-        except (ValueError, RecursionError):  # noqa: PERF203 - of another direction
+        except (ValueError, RecursionError):  # of another direction
             continue
         accepted += 1
     assert accepted
@@ -174,15 +175,10 @@ def test_chunk_headers_and_trailers(buffer: bytes) -> None:
     """Whatever stands there: a header or trailer within its limits, or MessageError."""
     for magic in (b"", b"kvmC\x01", b"kvmT\x01"):
         data = (magic + buffer)[: max(peer.HEADER_BYTES, peer.TRAILER_BYTES)].ljust(peer.TRAILER_BYTES, b"\0")
-        try:
-            header = peer.parse_header(data)
-            assert header.length <= peer.MAX_CHUNK_BYTES
-        except peer.MessageError:
-            pass
-        try:
+        with contextlib.suppress(peer.MessageError):
+            assert peer.parse_header(data).length <= peer.MAX_CHUNK_BYTES
+        with contextlib.suppress(peer.MessageError):
             assert len(peer.parse_trailer(data).checksum) == 16
-        except peer.MessageError:
-            pass
 
 
 @given(bitmap=st.binary(max_size=20), count=st.integers(0, 200))

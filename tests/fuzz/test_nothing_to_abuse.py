@@ -72,7 +72,7 @@ def test_no_pickle_no_eval(file: Path) -> None:
 
 @pytest.mark.parametrize("package", FACING_THE_NETWORK)
 def test_what_faces_the_network_opens_no_files(package: str) -> None:
-    """So no path from the wire is ever opened. (The HTTP server serves the page from its own memory and package.)"""
+    """So no path from the wire is ever opened; the HTTP server serves the page from its own package."""
     found = {
         (str(file.relative_to(ROOT)), name)
         for file in sorted((ROOT / package).rglob("*.py"))

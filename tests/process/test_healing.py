@@ -162,6 +162,30 @@ def test_a_restarted_node_announces_its_full_pool_without_hashing_it(tmp_path: P
         assert holder.ledger.statistics().checksummed == slots
 
 
+def test_what_was_stored_again_while_the_controller_was_away_is_fetched_again(tmp_path: Path) -> None:
+    """A chunk that its holder has evicted is asked for in vain until the reader stops asking. Nobody tells the reader
+    one by one what happened while there was no controller, and yet it learns that the chunk is there again.
+    """
+    with (
+        running_controller(tmp_path) as controller,
+        running_engine(make_config(controller, "holder", heartbeat_interval_s=0.3)) as holder,
+        running_engine(make_config(controller, "reader", heartbeat_interval_s=0.3)) as reader,
+    ):
+        holder.put(KEYS)
+        assert reader.wait_visible(KEYS)
+        controller.kill_group()
+        holder.forget(KEYS[:4])
+
+        def has_given_up() -> bool:
+            assert reader.get(KEYS[:4]).fetched == 0
+            return not any(reader.node.is_visible(key) for key in KEYS[:4])
+
+        wait_for(has_given_up)
+        holder.put(KEYS[:4])
+        controller.start()
+        assert reader.get_all(KEYS, timeout_s=60)
+
+
 @pytest.mark.parametrize(
     "cells",
     [("address-reused", "duplicate-id", "wrong-incarnation", "clocks-apart"), ("cut-off", "link-cut-one-way")],

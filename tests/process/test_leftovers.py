@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,11 +39,9 @@ def shared_names() -> set[str]:
     """Names in /dev/shm of this user; others' come and go while the test runs."""
     names = set()
     for path in Path("/dev/shm").iterdir():
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if path.stat().st_uid == os.getuid():
                 names.add(path.name)
-        except FileNotFoundError:
-            continue
     return names
 
 

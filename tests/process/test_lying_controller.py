@@ -125,7 +125,22 @@ def test_garbage(capfd: pytest.CaptureFixture[str], controller: FakeController, 
 
 def test_members_that_cannot_be(controller: FakeController, engine: StandInEngine) -> None:
     """Names that forge log lines, addresses that lead nowhere, ourselves, and the same one again and again."""
-    weird = ["", " ", "\n", "..", "999.999.999.999", "::1", "%x", "a" * 256, "\ud7ff", "-", "localhost:1"]
+    weird = [
+        "",
+        " ",
+        "\n",
+        "\0",
+        "..",
+        "ß." * 80,
+        "xn--",
+        "999.999.999.999",
+        "::1",
+        "%x",
+        "a" * 256,
+        "\ud7ff",
+        "-",
+        "localhost:1",
+    ]
     members = [
         make_member(f"weird-{index}\nERROR forged", peer_host=host or "x", peer_port=index, format=FORMAT)
         for index, host in enumerate(weird)
@@ -139,6 +154,18 @@ def test_members_that_cannot_be(controller: FakeController, engine: StandInEngin
             reborn = msgspec.structs.replace(member, incarnation=secrets.token_hex(8))
             controller.tell(wire.MemberUp(reborn), wire.MemberDown(member.instance_id, member.incarnation, "left"))
             controller.tell(wire.MemberDown(reborn.instance_id, reborn.incarnation, "\n"))
+    keys = []
+    for member in members:  # and it is tried to fetch from them
+        keys.append(make_key(member.instance_id))
+        controller.tell(
+            wire.MemberUp(member), wire.Snapshot(member.instance_id, member.incarnation, 0, keys[-1:], True, True)
+        )
+    fetchable = [key for key in keys if key not in {make_key(name) for name in ("lied-to", "other-format")}]
+    assert engine.wait_visible(fetchable)
+    for key in fetchable:
+        got = engine.get([key], timeout_s=2.0)
+        assert got.fetched == 0
+    assert engine.node.restarts == 0
     controller.tell(wire.MemberDown("nobody", "0" * 16, "left"), wire.Resync("nobody", "0" * 16))
     honest(controller, engine)
 

@@ -11,7 +11,7 @@ changes are then ignored, and a snapshot (its whole inventory) puts things right
 
 A holder that delivered bad bytes for a key, or again and again nothing, is put in *quarantine* for that key: it is not
 named as its holder until it announces the key anew or starts a new life. A snapshot says again what it said before, so
-it lifts nothing.
+it lifts nothing; unless it stands for changes that were missed, because these may have announced the key anew.
 
 Not thread-safe: one thread owns it.
 """
@@ -164,13 +164,17 @@ class Replica:
         member.snapshot.update(ChunkKey(key) for key in islice(keys, self._max_member_keys - len(member.snapshot)))
         if not last:
             return NOTHING
+        has_missed = member.sequence is None or sequence > member.sequence
         whole, member.snapshot, member.sequence = member.snapshot, None, sequence
         vanished = self._remove(member, member.keys - whole)
         appeared = self._add(member, whole - member.keys)
+        if has_missed:
+            appeared += self._add(member, list(member.quarantined))
         return Applied(appeared, vanished)
 
     def quarantine(self, instance_id: str, incarnation: str, key: bytes) -> Applied:
-        """Stop naming this life of the instance as a holder of `key`, until it announces the key anew.
+        """Stop naming this life of the instance as a holder of `key`, until it announces the key anew (or may have done
+        so in changes that were missed).
 
         Strangers, older lives and keys that the instance does not hold are ignored.
         """

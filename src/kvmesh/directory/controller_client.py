@@ -282,6 +282,9 @@ class ControllerClient:
 
     def _send_inventory(self) -> None:
         assert self._member is not None
+        if any(self._listener.take_changes(1)):
+            # The snapshot stands for changes that nobody will be told of one by one: a number of its own says so.
+            self._sequence += 1
         keys = self._listener.take_inventory()
         size = wire.MAX_KEYS_PER_MESSAGE
         parts = [keys[start : start + size] for start in range(0, len(keys), size)] or [[]]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from kvmesh.node.process import Node
 
 
+MAX_REQUESTS = 64
+"""At a time; more are answered with 503."""
+
+
 class NodeCollector(Collector):
     """The node's counters as Prometheus metrics, read when somebody asks."""
 
@@ -117,6 +121,7 @@ async def serve_admin(node: Node, listener: socket.socket) -> None:
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=1,
+        limit_concurrency=MAX_REQUESTS,
         ssl_certfile=node.config.tls_cert_file,
         ssl_keyfile=node.config.tls_key_file,
     )

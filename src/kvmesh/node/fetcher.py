@@ -19,7 +19,7 @@ from kvmesh.core.plan import FetchItem, Plan, Run, plan_fetch
 from kvmesh.core.reasons import PEER_FAULTS, MissReason
 from kvmesh.core.replica import Replica
 from kvmesh.node.peers import CORRUPT_LIMIT, Peer, Peers
-from kvmesh.transfer.base import ChunkOutcome, Deadline
+from kvmesh.transfer.base import ChunkOutcome, Deadline, PeerTransport
 
 log = logging.getLogger("kvmesh.fetch")
 
@@ -151,14 +151,13 @@ class Fetcher:
         peer = self._peers.get(run.holder)
         if peer is None:
             return [ChunkOutcome(item, MissReason.PEER_UNREACHABLE, None) for item in run.items]
-        started_s = time.monotonic()
         size = len(run.items) * self._chunk_bytes
         peer.add_load(size)
         peer.breaker.begin()
         self._active.add(peer)
         try:
             loop = asyncio.get_running_loop()
-            outcomes = await loop.run_in_executor(self._threads, peer.transport.fetch, run.items, deadline)
+            outcomes, seconds = await loop.run_in_executor(self._threads, _fetch, peer.transport, run.items, deadline)
         except Exception:
             # A transport that raises has broken its promise, so its slots may still be written into. Ending the
             # process is the
@@ -169,7 +168,7 @@ class Fetcher:
         finally:
             peer.add_load(-size)
             self._active.discard(peer)
-        self._judge(peer, outcomes, time.monotonic() - started_s)
+        self._judge(peer, outcomes, seconds)
         return outcomes
 
     def _judge(self, peer: Peer, outcomes: Sequence[ChunkOutcome], seconds: float) -> None:
@@ -199,6 +198,14 @@ class Fetcher:
             peer.member.peer_address,
             ",".join(sorted(faults)),
         )
+
+
+def _fetch(
+    transport: PeerTransport, items: Sequence[FetchItem], deadline: Deadline
+) -> tuple[list[ChunkOutcome], float]:
+    """In a thread: the outcomes, and the seconds that the peer had (without the wait for the thread)."""
+    started_s = time.monotonic()
+    return transport.fetch(items, deadline), time.monotonic() - started_s
 
 
 def make_items(keys: Sequence[bytes], slots: Sequence[int]) -> list[FetchItem]:

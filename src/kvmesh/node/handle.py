@@ -114,6 +114,8 @@ class NodeHandle:
         self._finished: deque[FinishedJob] = deque()
         self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
         self._sending_since_s: float | None = None
+        self._sending = threading.Lock()
+        """Held while a frame is written, so that no descriptor is closed (and its number given to another) meanwhile."""
         self._ready: link.Ready | None = None
         self._closing = threading.Event()
         self._idle = threading.Condition()
@@ -364,7 +366,7 @@ class NodeHandle:
         if connection is None:
             return
         self._sending_since_s = time.monotonic()
-        with contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
+        with self._sending, contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
             connection.sendall(pack_frame(link.encode(message)))
         self._sending_since_s = None
 
@@ -398,7 +400,8 @@ class NodeHandle:
             self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
         old, self._socket = self._socket, ours
         if old is not None:
-            old.close()
+            with self._sending:  # its process is dead, so nobody is held up in there
+                old.close()
         try:
             first = self._first_word(ours)
         except (OSError, ValueError, EOFError, RecursionError) as error:

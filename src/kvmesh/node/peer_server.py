@@ -139,7 +139,7 @@ class PeerServer:
             lookup_port: a second port for the same protocol, for lookups; None for none.
             nixl: lets peers read our slots with NIXL; None when that is not offered.
             security: the cluster key and TLS, where there are any.
-            max_connections: further ones are refused.
+            max_connections: further ones take the place of idle ones, or are refused when there is none.
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
             idle_timeout_s: for a connection that asks nothing. Peers reopen theirs without loss.
@@ -159,6 +159,8 @@ class PeerServer:
         self._ports: list[int] = []
         self._lock = threading.Lock()
         self._streams: dict[PeerStream, threading.Thread] = {}
+        self._idle: dict[PeerStream, None] = {}
+        """Connections between two requests, the one that has waited longest first."""
         self._acceptors: list[threading.Thread] = []
         self._closing = threading.Event()
         self._counts = Counter[str]()
@@ -239,8 +241,18 @@ class PeerServer:
                 log.error("cannot serve peer %s: error=%s", address, error)
 
     def _admit(self, stream: PeerStream) -> None:
+        """Give the connection a thread; when all places are taken, that of the one that has been idle longest.
+
+        Without that, 256 nodes that opened theirs early would keep all others out. Who loses an idle connection opens
+        another one for its next request.
+        """
+        displaced: PeerStream | None = None
         with self._lock:
             is_full = len(self._streams) >= self._max_connections
+            if is_full and self._idle:
+                displaced = next(iter(self._idle))
+                del self._idle[displaced]
+                is_full = False
             if not is_full:
                 self._counts["accepted"] += 1
                 thread = threading.Thread(
@@ -252,6 +264,8 @@ class PeerServer:
                 except RuntimeError:
                     del self._streams[stream]
                     raise
+        if displaced is not None:
+            displaced.shut_down()
         if is_full:
             self._count(refused=1)
             self._warn(stream, "peer refused peer=%s reason=full connections=%d", stream.peer, self._max_connections)
@@ -333,8 +347,17 @@ class PeerServer:
         stream.send_frame(encode(Proof(handshake.proof())), deadline)
         stream.secure(handshake.session())
 
+    def _wait_for_request(self, stream: PeerStream) -> bool:
+        with self._lock:
+            self._idle[stream] = None
+        try:
+            return stream.wait_readable(self._idle_timeout_s)
+        finally:
+            with self._lock:
+                self._idle.pop(stream, None)
+
     def _answer_all(self, stream: PeerStream) -> None:
-        while stream.wait_readable(self._idle_timeout_s):
+        while self._wait_for_request(stream):
             try:
                 payload = stream.receive_frame(self._patience, FRAME_LIMIT_BYTES)
             except PeerReadError as error:

@@ -198,7 +198,12 @@ def _drop(views: list[memoryview], count: int) -> None:
 
 def connect(host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:
     """A stream over `connect_socket`."""
-    return PeerStream(connect_socket(host, port, deadline, peer), peer)
+    sock = connect_socket(host, port, deadline, peer)
+    try:
+        return PeerStream(sock, peer)
+    except OSError as error:
+        sock.close()
+        raise PeerConnectError(peer, found=str(error)) from None
 
 
 def connect_socket(host: str, port: int, deadline: Deadline, peer: str) -> socket.socket:
@@ -210,7 +215,11 @@ def connect_socket(host: str, port: int, deadline: Deadline, peer: str) -> socke
         remaining_s = deadline.at_s - time.monotonic()
         if remaining_s <= 0:
             break
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as failure:  # such as: too many open files
+            error = failure
+            continue
         try:
             sock.settimeout(min(remaining_s, deadline.stall_s))
             sock.connect(address)
@@ -227,30 +236,36 @@ _Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, in
 
 
 def _resolve(host: str, port: int, deadline: Deadline, peer: str) -> list[_Address]:
-    """Addresses of `host`. A name server that does not answer blocks a thread of its own, not the caller's deadline."""
+    """Addresses of `host`, which comes from others and may be any text.
+
+    A name server that does not answer blocks a thread of its own, not the caller's deadline.
+    """
 
     def look_up(flags: int = 0) -> list[_Address]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
         return [(family, address) for family, _, _, _, address in found]
 
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return look_up(socket.AI_NUMERICHOST)
-    answers: queue.SimpleQueue[list[_Address] | OSError] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[list[_Address] | OSError | ValueError] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
             answers.put(look_up())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what cannot be a name at all
             answers.put(error)
 
-    threading.Thread(target=ask, name=f"kvmesh-resolve-{host}", daemon=True).start()
+    try:
+        threading.Thread(target=ask, name=f"kvmesh-resolve-{host[:32]}", daemon=True).start()
+    except RuntimeError as error:
+        raise PeerConnectError(peer, expected="a thread to look up the name", found=str(error)) from None
     try:
         answer = answers.get(timeout=max(0.0, min(deadline.stall_s, deadline.at_s - time.monotonic())))
     except queue.Empty:
         raise PeerConnectError(
             peer, expected=f"an address for {host}", found="no answer from the name service"
         ) from None
-    if isinstance(answer, OSError):
+    if isinstance(answer, OSError | ValueError):
         raise PeerConnectError(peer, expected=f"an address for {host}", found=str(answer))
     return answer
 

@@ -9,6 +9,7 @@ from kvmesh.controller import downstream, registry
 from kvmesh.controller.formats import incompatibilities
 from kvmesh.controller.instances import Peer, Send
 from kvmesh.controller.registry import SendFailure
+from kvmesh.controller.views import instance_view
 from kvmesh.wire import directory as wire
 from unit.controller.makers import make_format, make_keys, make_member
 from unit.controller.simulation import INTERVAL_S, TIMEOUT_S, Cluster, SimulatedNode
@@ -490,3 +491,32 @@ def test_fetch_reports_are_summed_up(cluster, pair):
     stranger = msgspec.structs.replace(report, incarnation="0" * 16)
     cluster.registry.on_event(stranger, wire.encode(stranger), cluster.now_s)
     assert activity.totals.fetches == 250
+
+
+def test_corrupt_chunks_are_counted_against_who_delivered_them(cluster, pair, caplog):
+    """One warning that names both sides; reports about oneself, strangers and other formats count for nobody."""
+    a, b = pair
+    x = cluster.add(make_member("x", format=OTHER_FORMAT))
+    cluster.pass_time(1)
+    report = wire.FetchReport(
+        instance_id="a",
+        incarnation=a.who[1],
+        request_id="r",
+        holders=("b",),
+        transport="tcp",
+        chunks_asked=4,
+        chunks_fetched=2,
+        fetched_bytes=200,
+        seconds=0.5,
+        misses={"corrupt": 2},
+        corrupt={"b": 2, "a": 5, "x": 5, "stranger": 5},
+    )
+    for _ in range(10):
+        cluster.registry.on_event(report, wire.encode(report), cluster.now_s)
+    counts = {each.who[0]: cluster.registry.instances[each.who[0]].corrupt_chunks for each in (a, b, x)}
+    assert counts == {"a": 0, "b": 20, "x": 0}
+    (line,) = [record.getMessage() for record in caplog.records if "corrupt_chunks" in record.getMessage()]
+    assert "instance=b" in line
+    assert "reported_by=a" in line
+    seen = instance_view(cluster.registry, cluster.registry.instances["b"], cluster.now_s)
+    assert seen.corrupt_chunks == 20

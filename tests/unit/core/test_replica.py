@@ -111,8 +111,11 @@ class ReplicaMachine(RuleBasedStateMachine):
                 )
             )
             assert not gap
+        if name in self.synchronised:
+            publisher.quarantined &= publisher.keys  # a snapshot is no new announcement
+        else:
+            publisher.quarantined.clear()  # but stands for those that were missed
         self.synchronised.add(name)
-        publisher.quarantined &= publisher.keys  # a snapshot is no new announcement
 
     @rule(name=st.sampled_from(IDS))
     def broken_snapshot(self, name: str) -> None:
@@ -168,7 +171,7 @@ def test_many_members_reuse_their_bits() -> None:
 
 
 def test_quarantine_ends_with_a_new_announcement_or_a_new_life() -> None:
-    """The only holder in quarantine: the key is gone for lookups until there is reason to think that it is good again."""
+    """The only holder in quarantine: the key is gone for lookups until there is a reason to trust it again."""
     replica = Replica()
     key = KEYS[0]
     replica.member_up("a", "0" * 16)
@@ -178,9 +181,11 @@ def test_quarantine_ends_with_a_new_announcement_or_a_new_life() -> None:
     assert (key in replica, replica.holders(key), replica.statistics().quarantined) == (False, (), 1)
     replica.apply_snapshot("a", "0" * 16, 5, [key], True, True)
     assert key not in replica, "a snapshot repeats what was known before"
-    assert replica.apply_changes("a", "0" * 16, 6, [key], []).appeared == [key]
+    assert replica.apply_snapshot("a", "0" * 16, 6, [key], True, True).appeared == [key], "it was missed"
+    assert replica.quarantine("a", "0" * 16, key).vanished == [key]
+    assert replica.apply_changes("a", "0" * 16, 7, [key], []).appeared == [key]
     replica.quarantine("a", "0" * 16, key)
-    assert replica.apply_changes("a", "0" * 16, 7, [key], [key]).appeared == [key]
+    assert replica.apply_changes("a", "0" * 16, 8, [key], [key]).appeared == [key]
     replica.quarantine("a", "0" * 16, key)
     assert replica.member_up("a", "1" * 16).vanished == []
     assert replica.apply_snapshot("a", "1" * 16, 0, [key], True, True).appeared == [key]

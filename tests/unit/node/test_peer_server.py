@@ -16,9 +16,11 @@ from kvmesh.errors import PeerClosedError, PeerError, PeerRefusedError, StartupE
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerLink, PeerTarget
+from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.tcp import TcpTransport
 from kvmesh.wire import peer
 from kvmesh.wire.framing import pack_frame
-from support.transfer_holder import HOLDER, HOLDER_INCARNATION, OTHER_INCARNATION, Store, content, hello, key
+from support.transfer_holder import HOLDER, HOLDER_INCARNATION, OTHER_INCARNATION, Store, content, hello, items, key
 
 CHUNKS, CHUNK_BYTES = 4, 1 << 16
 OURS = hello(CHUNK_BYTES, "me", "0" * 16)
@@ -244,11 +246,30 @@ def test_a_peer_that_does_not_read_what_it_asked_for_is_closed(store):
 
 
 def test_connections_over_the_limit_are_refused_by_name(store):
-    with serving(store, max_connections=1) as server, linked(server.port) as link:
+    """While those that are there are busy, such as with greeting."""
+    with serving(store, max_connections=1) as server, raw(server.port):
+        while not server.statistics().connections:
+            time.sleep(0.001)
         with pytest.raises(PeerRefusedError, match="full"), linked(server.port):
             pass
-        link.ping(soon())
         assert server.statistics().refused == 1
+
+
+def test_idle_connections_make_room_for_others_and_their_owners_do_not_notice(store):
+    """More nodes than connections: all of them are served, by turns."""
+    pools = [HostPool.create(CHUNKS, CHUNK_BYTES) for _ in range(5)]
+    with serving(store, max_connections=2) as server:
+        target = PeerTarget(HOLDER, HOLDER_INCARNATION, "127.0.0.1", server.port)
+        transports = [TcpTransport(target, OURS, pool, connections=1) for pool in pools]
+        for _ in range(3):
+            for transport in transports:
+                outcomes = transport.fetch(items(CHUNKS), soon())
+                assert [outcome.reason for outcome in outcomes] == [None] * CHUNKS
+        assert server.statistics().refused == 0
+        for transport in transports:
+            transport.close()
+    for pool in pools:
+        pool.close()
 
 
 @pytest.mark.parametrize(
