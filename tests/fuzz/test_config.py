@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +100,14 @@ def test_files(tmp_path: Path, document: bytes) -> None:
     with contextlib.suppress(ConfigError):
         config = load_config(path=file, environ={})
         assert KVMeshConfig.from_wire(config.to_wire()) == config
+
+
+@pytest.mark.parametrize("value", ["0x" + "f" * 5000, "[0x" + "f" * 5000 + "]"])
+def test_a_number_that_cannot_be_written_out_is_a_problem_like_any_other(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"chunk_size: {value}\n")
+    with pytest.raises(ConfigError, match="chunk_size"):
+        load_config(path=file, environ={})
 
 
 environment = st.dictionaries(

@@ -115,6 +115,13 @@ def running_controller(
         controller.stop(signal.SIGKILL)
 
 
+def secure(socket: zmq.Socket[bytes]) -> None:
+    """Before it is connected: with the cluster key that these tests run with, if any."""
+    curve = environment_curve()
+    if curve is not None:
+        secure_node(socket, curve)
+
+
 class Node:
     """A made-up member: a DEALER, a PUSH, a replica of what it hears. It does nothing by itself."""
 
@@ -136,9 +143,8 @@ class Node:
         made = context.socket(kind)
         made.setsockopt(zmq.LINGER, 0)
         made.setsockopt(zmq.RECONNECT_IVL, 50)
-        curve = environment_curve()
-        if curve is not None:
-            secure_node(made, curve)
+        made.setsockopt(zmq.SNDTIMEO, 20_000)
+        secure(made)
         made.connect(f"tcp://127.0.0.1:{port}")
         return made
 
@@ -171,9 +177,12 @@ class Node:
         return changes
 
     def beat(self) -> wire.HeartbeatAck:
-        """One heartbeat and its answer."""
-        self.send_beat()
-        return self.expect(wire.HeartbeatAck)
+        """One heartbeat and its answer. Sent again when none comes: it may have died with a controller."""
+        for _ in range(10):
+            self.send_beat()
+            with contextlib.suppress(AssertionError):
+                return self.expect(wire.HeartbeatAck, timeout_s=2.0)
+        raise AssertionError("no heartbeat is answered")
 
     def send_beat(self) -> None:
         beat = wire.Heartbeat(*self.who, self.sequence, self.statistics, self.registration, self.received_bytes)

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from kvmesh.wire import directory as wire
-from process.controller_nodes import FAST, IMPATIENT, ControllerProcess, Node, running_controller, wait_for
+from process.controller_nodes import FAST, IMPATIENT, ControllerProcess, Node, running_controller, secure, wait_for
 from unit.controller.makers import make_format, make_keys, make_member
 
 pytestmark = pytest.mark.process
@@ -158,6 +158,7 @@ class TestDirectory:
         slow.dealer = context.socket(zmq.DEALER)
         slow.dealer.setsockopt(zmq.RCVHWM, 1)
         slow.dealer.setsockopt(zmq.RCVBUF, 4096)
+        secure(slow.dealer)
         slow.dealer.connect(f"tcp://127.0.0.1:{controller.ports['reply']}")
         for node in (a, b, slow):
             node.register()
@@ -255,6 +256,7 @@ class TestGarbage:
             rude = context.socket(kind)
             monitor = rude.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             rude.setsockopt(zmq.LINGER, 0)
+            secure(rude)
             rude.connect(f"tcp://127.0.0.1:{controller.ports[name]}")
             rude.send(b"x" * size)
             assert monitor.poll(10_000), "the connection is still there"

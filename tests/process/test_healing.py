@@ -174,6 +174,7 @@ def test_what_was_stored_again_while_the_controller_was_away_is_fetched_again(tm
         holder.put(KEYS)
         assert reader.wait_visible(KEYS)
         controller.kill_group()
+        wait_for(lambda: not holder.node.state.directory_connected)  # from now on changes are not even sent
         holder.forget(KEYS[:4])
 
         def has_given_up() -> bool:

@@ -14,6 +14,8 @@ import zmq
 
 from kvmesh.bench.stand_in import StandInEngine, make_key, stand_in_format
 from kvmesh.wire import directory as wire
+from kvmesh.wire.curve import secure_controller
+from support.keys import environment_curve
 from support.stand_ins import CHUNK_BYTES, make_config, running_engine
 from unit.controller.makers import make_member
 
@@ -30,6 +32,9 @@ class FakeController:
         self.context = zmq.Context()
         self.reply, self.pull = self.context.socket(zmq.ROUTER), self.context.socket(zmq.PULL)
         self.reply.sndhwm = 0
+        curve = environment_curve()
+        for socket in (self.reply, self.pull) if curve is not None else ():
+            secure_controller(socket, curve)
         self.reply_port = self.reply.bind_to_random_port("tcp://127.0.0.1")
         self.pull_port = self.pull.bind_to_random_port("tcp://127.0.0.1")
         self.node = b""

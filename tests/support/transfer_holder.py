@@ -193,10 +193,6 @@ class HolderProcess:
                 os.kill(self.nixl_pid, signal.SIGKILL)
 
 
-def keyed(text: str) -> PeerSecurity:
-    return PeerSecurity(key=ClusterKey(text).peer_key())
-
-
 def say(answer: object) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
@@ -230,7 +226,7 @@ def main() -> None:
         host="127.0.0.1",
         port=options["port"],
         nixl=holder,
-        security=keyed(options["key"]) if options["key"] else OPEN,
+        security=PeerSecurity(key=ClusterKey(options["key"]).peer_key()) if options["key"] else OPEN,
     )
     server.start()
     say({"port": server.port, "nixl_pid": holder.pid if holder else None})

@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from kvmesh.bench.certificates import Authority, has_openssl
+from kvmesh.config import TlsFiles
 from kvmesh.core.format import Format
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
@@ -36,13 +39,17 @@ from kvmesh.transfer.base import Deadline, FetchItem, Located, PeerTransport
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.tcp import TcpTransport
+from kvmesh.transfer.tls import Tls
+from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.peer import Hello
 
 MIB = 1 << 20
 CHUNK_SIZES_BYTES = (64 << 10, MIB, 8 * MIB, 32 * MIB)
 BATCHES = (1, 8, 64)
-METHODS = ("memcpy", "socket", "tcp", "tcp-unchecked", "nixl")
+METHODS = ("memcpy", "socket", "tcp", "tcp-unchecked", "tcp-key", "tcp-tls", "nixl")
+"""`tcp-key`: with a cluster key, so MACs on all frames, headers and trailers. `tcp-tls`: with that and inside TLS."""
 POOL_BYTES = 256 * MIB
 """Cases that need more are left out. Larger than the caches of most machines."""
 _HOST, _HOLDER, _INCARNATION = "127.0.0.1", "holder", "0" * 16
@@ -104,6 +111,8 @@ def run_transfer_benchmark(
     skipped = {}
     if "nixl" in methods and (problem := unavailable()):
         skipped["nixl"] = problem
+    if "tcp-tls" in methods and not has_openssl():
+        skipped["tcp-tls"] = "no openssl to make certificates with"
     usable = [method for method in methods if method not in skipped]
     measurements = []
     for chunk_bytes in chunk_sizes_bytes:
@@ -165,16 +174,23 @@ class _Case:
         self._stack = ExitStack()
         self._fetches: dict[str, Fetch] = {}
         self._holder_pids: list[int] = []
+        self._tls_files: TlsFiles | None = None
 
     def __enter__(self) -> _Case:  # noqa: PYI034 - private, never subclassed
         pool = self._stack.enter_context(closing(HostPool.create(POOL_BYTES // self._chunk_bytes, self._chunk_bytes)))
         for slot in range(pool.slots):
             pool.row(slot)[:] = bytes(self._chunk_bytes)  # no page faults later
-        holder = self._stack.enter_context(_holder_process(self._chunk_bytes, nixl="nixl" in self._methods))
+        if "tcp-tls" in self._methods:
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            self._tls_files = Authority(folder).issue("benchmark")
+        holder = self._stack.enter_context(
+            _holder_process(self._chunk_bytes, nixl="nixl" in self._methods, tls=self._tls_files)
+        )
         self._holder_pids = holder.pids
-        target = PeerTarget(_HOLDER, _INCARNATION, _HOST, holder.port, ("nixl", "tcp"))
         ours = _hello("fetcher", self._chunk_bytes)
         for method in self._methods:
+            port = holder.ports.get(method, holder.ports["tcp"])
+            target = PeerTarget(_HOLDER, _INCARNATION, _HOST, port, ("nixl", "tcp"))
             self._fetches[method] = self._prepare(method, target, ours, pool, holder.socket_port)
         return self
 
@@ -236,7 +252,14 @@ class _Case:
             prepare_environment(_HOST)
             transport = NixlTransport(target, ours, pool)
         else:
-            transport = TcpTransport(target, ours, pool, connections=self._connections, verify=method == "tcp")
+            transport = TcpTransport(
+                target,
+                ours,
+                pool,
+                connections=self._connections,
+                verify=method != "tcp-unchecked",
+                security=_securities(self._tls_files).get(method, OPEN),
+            )
         self._stack.callback(transport.close)
         return lambda batch: _fetch(transport, batch)
 
@@ -265,6 +288,15 @@ def _key(index: int) -> ChunkKey:
     return ChunkKey(index.to_bytes(36, "big"))
 
 
+def _securities(tls: TlsFiles | None) -> dict[str, PeerSecurity]:
+    """How the methods that secure their connections do it."""
+    key = ClusterKey("the key of this benchmark").peer_key()
+    found = {"tcp-key": PeerSecurity(key=key)}
+    if tls is not None:
+        found["tcp-tls"] = PeerSecurity(key=key, tls=Tls.load(tls))
+    return found
+
+
 def _hello(instance_id: str, chunk_bytes: int) -> Hello:
     text = dict.fromkeys(Format.__struct_fields__, "benchmark")
     numbers = {"block_tokens": 1, "chunk_tokens": 1, "chunk_bytes": chunk_bytes}
@@ -276,16 +308,16 @@ def _hello(instance_id: str, chunk_bytes: int) -> Hello:
 
 
 class _Holder(msgspec.Struct):
-    port: int
+    ports: dict[str, int]
+    """By method."""
     socket_port: int
     pids: list[int]
 
 
 @contextmanager
-def _holder_process(chunk_bytes: int, *, nixl: bool) -> Iterator[_Holder]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps([chunk_bytes, nixl])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def _holder_process(chunk_bytes: int, *, nixl: bool, tls: TlsFiles | None) -> Iterator[_Holder]:
+    options = json.dumps([chunk_bytes, nixl, tls])
+    process = subprocess.Popen([sys.executable, "-m", __name__, options], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -305,7 +337,7 @@ def _serve_socket(listener: socket.socket, pool: HostPool) -> None:
 
 def main() -> None:
     """Serve a pool until standard input ends."""
-    chunk_bytes, nixl = json.loads(sys.argv[1])
+    chunk_bytes, nixl, tls = json.loads(sys.argv[1])
     slots = POOL_BYTES // chunk_bytes
     pool, ledger = HostPool.create(slots, chunk_bytes), SlotLedger.create(slots, chunk_bytes)
     where = {}
@@ -323,15 +355,28 @@ def main() -> None:
         holder.start()
         assert holder.pid is not None
         pids.append(holder.pid)
-    server = PeerServer(pool, ledger, where.get, _hello(_HOLDER, chunk_bytes), host=_HOST, port=0, nixl=holder)
-    server.start()
+    servers = {}
+    for method, security in {"tcp": OPEN, **_securities(TlsFiles(*tls) if tls else None)}.items():
+        servers[method] = server = PeerServer(
+            pool,
+            ledger,
+            where.get,
+            _hello(_HOLDER, chunk_bytes),
+            host=_HOST,
+            port=0,
+            nixl=holder,
+            security=security,
+        )
+        server.start()
     listener = socket.create_server((_HOST, 0))
     threading.Thread(target=_serve_socket, args=(listener, pool), daemon=True).start()
-    ready = _Holder(server.port, listener.getsockname()[1], pids)
+    ports = {method: server.port for method, server in servers.items()}
+    ready = _Holder(ports, listener.getsockname()[1], pids)
     sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
     sys.stdout.buffer.flush()
     sys.stdin.buffer.read()
-    server.close()
+    for server in servers.values():
+        server.close()
     if holder is not None:
         holder.close()
 

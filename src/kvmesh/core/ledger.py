@@ -36,6 +36,7 @@ _HEADER_WORDS = 8
 _RECORD_WORDS = 12
 _GENERATION, _KEY_LENGTH, _KEY, _CHECKSUM_GENERATION, _CHECKSUM = 0, 1, 2, 7, 8
 _WORD = 8
+_WORD_MASK = (1 << 64) - 1
 
 
 class Record(NamedTuple):
@@ -122,7 +123,7 @@ class SlotLedger:
         base = self._base(slot)
         generation: int = self._words[base + _GENERATION]
         if generation & 1:
-            generation += 1
+            generation = (generation + 1) & _WORD_MASK  # no count gets there, but a word that was scribbled over may be
             self._words[base + _GENERATION] = generation
         return generation
 

@@ -75,6 +75,6 @@ class Handshakes:
         if self._has_key:
             return "it ends the handshake; most likely it has another cluster key, or none"
         return (
-            "it ends the handshake; most likely it wants a cluster key (set cluster_key_file or KVMESH_CLUSTER_KEY), or "
-            "this is none of its --monitor-ports"
+            "it ends the handshake; most likely it wants a cluster key (set cluster_key_file or KVMESH_CLUSTER_KEY), "
+            "or this is none of its --monitor-ports"
         )

@@ -117,7 +117,7 @@ async def serve_admin(node: Node, listener: socket.socket) -> None:
     """Serve until cancelled."""
     config = uvicorn.Config(
         make_app(node),
-        log_level="warning",
+        log_level="error",  # a warning for each malformed request would let strangers fill the log
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=1,

@@ -115,7 +115,7 @@ class NodeHandle:
         self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
         self._sending_since_s: float | None = None
         self._sending = threading.Lock()
-        """Held while a frame is written, so that no descriptor is closed (and its number given to another) meanwhile."""
+        """Held while a frame is written: no descriptor is closed meanwhile, and its number given to something else."""
         self._ready: link.Ready | None = None
         self._closing = threading.Event()
         self._idle = threading.Condition()

@@ -126,6 +126,7 @@ class PeerServer:
         handshake_timeout_s: float = 5.0,
         stall_timeout_s: float = 10.0,
         idle_timeout_s: float = 600.0,
+        spare_idle_s: float = 5.0,
     ) -> None:
         """Binds nothing yet.
 
@@ -143,6 +144,8 @@ class PeerServer:
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
             idle_timeout_s: for a connection that asks nothing. Peers reopen theirs without loss.
+            spare_idle_s: a connection that has asked something (or was opened) so recently keeps its place when all
+                are taken: its peer may be about to ask.
         """
         self._pool = pool
         self._ledger = ledger
@@ -155,12 +158,13 @@ class PeerServer:
         self._handshake_timeout_s = handshake_timeout_s
         self._patience = Deadline(math.inf, stall_timeout_s)  # no end as long as bytes flow
         self._idle_timeout_s = idle_timeout_s
+        self._spare_idle_s = spare_idle_s
         self._listeners: list[socket.socket] = []
         self._ports: list[int] = []
         self._lock = threading.Lock()
         self._streams: dict[PeerStream, threading.Thread] = {}
-        self._idle: dict[PeerStream, None] = {}
-        """Connections between two requests, the one that has waited longest first."""
+        self._idle: dict[PeerStream, float] = {}
+        """Connections between two requests and since when, the one that has waited longest first."""
         self._acceptors: list[threading.Thread] = []
         self._closing = threading.Event()
         self._counts = Counter[str]()
@@ -249,8 +253,9 @@ class PeerServer:
         displaced: PeerStream | None = None
         with self._lock:
             is_full = len(self._streams) >= self._max_connections
-            if is_full and self._idle:
-                displaced = next(iter(self._idle))
+            oldest = next(iter(self._idle.items()), None)
+            if is_full and oldest is not None and time.monotonic() - oldest[1] >= self._spare_idle_s:
+                displaced = oldest[0]
                 del self._idle[displaced]
                 is_full = False
             if not is_full:
@@ -349,7 +354,7 @@ class PeerServer:
 
     def _wait_for_request(self, stream: PeerStream) -> bool:
         with self._lock:
-            self._idle[stream] = None
+            self._idle[stream] = time.monotonic()
         try:
             return stream.wait_readable(self._idle_timeout_s)
         finally:

@@ -310,7 +310,7 @@ class Node:
         )
 
     def _prefault(self) -> None:
-        """Map the pool's pages before the first fetch needs them; in a thread of its own, with pauses for the others."""
+        """Map the pool's pages before the first fetch needs them; in a thread of its own, which pauses for others."""
         for _ in self._pool.prefault():
             if self._closing.wait(PREFAULT_PAUSE_S):
                 return

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvmesh.errors import PeerAuthenticationError
+from kvmesh.errors import PeerAuthenticationError, PeerConnectError
 from kvmesh.transfer.base import Deadline
-from kvmesh.transfer.stream import PeerStream, connect_socket
+from kvmesh.transfer.stream import PeerStream, connect, connect_socket
 from kvmesh.transfer.tls import Tls, TlsStream
 from kvmesh.wire.auth import CHALLENGE_BYTES, PeerKey
 from kvmesh.wire.peer import Hello
@@ -25,10 +25,14 @@ class PeerSecurity:
 
     def connect(self, host: str, port: int, deadline: Deadline, peer: str) -> PeerStream:
         """Connect, and do TLS's handshake. Raises as `connect_socket` and `TlsStream.handshake`."""
-        sock = connect_socket(host, port, deadline, peer)
         if self.tls is None:
-            return PeerStream(sock, peer)
-        stream = TlsStream(sock, peer, self.tls.client, is_server=False)
+            return connect(host, port, deadline, peer)
+        sock = connect_socket(host, port, deadline, peer)
+        try:
+            stream = TlsStream(sock, peer, self.tls.client, is_server=False)
+        except (OSError, ValueError) as error:  # gone again already
+            sock.close()
+            raise PeerConnectError(peer, found=str(error)) from None
         try:
             stream.handshake(deadline)
         except BaseException:

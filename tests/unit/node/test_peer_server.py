@@ -258,18 +258,29 @@ def test_connections_over_the_limit_are_refused_by_name(store):
 def test_idle_connections_make_room_for_others_and_their_owners_do_not_notice(store):
     """More nodes than connections: all of them are served, by turns."""
     pools = [HostPool.create(CHUNKS, CHUNK_BYTES) for _ in range(5)]
-    with serving(store, max_connections=2) as server:
+    with serving(store, max_connections=2, spare_idle_s=0.0) as server:
         target = PeerTarget(HOLDER, HOLDER_INCARNATION, "127.0.0.1", server.port)
         transports = [TcpTransport(target, OURS, pool, connections=1) for pool in pools]
         for _ in range(3):
             for transport in transports:
                 outcomes = transport.fetch(items(CHUNKS), soon())
                 assert [outcome.reason for outcome in outcomes] == [None] * CHUNKS
+                while not server._idle:  # its thread has not yet come round to waiting
+                    time.sleep(0.001)
         assert server.statistics().refused == 0
         for transport in transports:
             transport.close()
     for pool in pools:
         pool.close()
+
+
+def test_a_connection_that_was_just_used_keeps_its_place(store):
+    """Its owner may be about to ask again, and would not know why it was closed."""
+    with serving(store, max_connections=1) as server, linked(server.port) as link:
+        link.ping(soon())
+        with pytest.raises(PeerRefusedError, match="full"), linked(server.port):
+            pass
+        link.ping(soon())
 
 
 @pytest.mark.parametrize(

@@ -176,18 +176,24 @@ def test_nobody_listening_is_unreachable(pool):
         assert set(reasons(transport.fetch(items(2), soon()))) == {MissReason.PEER_UNREACHABLE}
 
 
-def test_a_name_that_does_not_resolve_is_unreachable(pool):
-    with fetching(pool, target(1)._replace(host="no-such-host.invalid")) as transport:
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "..", "a" * 256, "\0", "999.1.1.1", "%", "ß." * 99])
+def test_a_name_that_does_not_resolve_is_unreachable(pool, host):
+    """Nor one that cannot be a name: it comes from the directory, and must not look like a broken transport."""
+    with fetching(pool, target(1)._replace(host=host)) as transport:
         assert reasons(transport.fetch(items(1), soon())) == [MissReason.PEER_UNREACHABLE]
 
 
 def test_a_holder_that_is_full_says_so(store, pool):
-    with serving(store, max_connections=1) as server, fetching(pool, target(server.port)) as first:
-        assert first.warm_up(soon()) is None
-        with fetching(pool, target(server.port)) as second:
-            assert second.warm_up(soon()) is MissReason.PEER_UNREACHABLE
-            assert "1 connections are open" in second.statistics().last_error
-        assert reasons(first.fetch(items(CHUNKS), soon())) == [None] * CHUNKS  # without its second connection
+    """One that is busy with somebody else, who has not even said who it is."""
+    with serving(store, max_connections=1) as server, fetching(pool, target(server.port)) as transport:
+        with socket.create_connection(("127.0.0.1", server.port)):
+            while not server.statistics().connections:
+                time.sleep(0.001)
+            assert transport.warm_up(soon()) is MissReason.PEER_UNREACHABLE
+            assert "1 connections are open" in transport.statistics().last_error
+        while server.statistics().connections:
+            time.sleep(0.001)
+        assert reasons(transport.fetch(items(CHUNKS), soon())) == [None] * CHUNKS  # without its second connection
 
 
 def test_an_idle_connection_that_the_peer_closed_is_reopened(store, pool):

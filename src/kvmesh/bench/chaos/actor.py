@@ -154,13 +154,10 @@ class Actor:
 
     def status(self) -> Status:
         node = self._engine.node
-        pids: list[int] = []
-        if node.pid is not None and psutil.pid_exists(node.pid):
-            pids = [node.pid, *(child.pid for child in psutil.Process(node.pid).children(recursive=True))]
         ready = node.ready
         return Status(
             os.getpid(),
-            pids,
+            _family(node.pid),
             node.restarts,
             node.state.peers,
             ready.peer_port if ready else 0,
@@ -266,6 +263,16 @@ class Actor:
         data = msgspec.json.encode(line) + b"\n"
         while data:
             data = data[os.write(self._lines, data) :]
+
+
+def _family(pid: int | None) -> list[int]:
+    """A process and what it has started; empty when it is gone."""
+    if pid is None:
+        return []
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _lie(key: bytes, size: int) -> bytes:
