@@ -22,10 +22,19 @@ TOKENS = 3000
 FETCH_TIMEOUT_S = 5.0
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+CHANNELS = os.environ.get("TEST_CHANNELS", "tcp").split(",")
+"""The same faults over nixl take as long again: TEST_CHANNELS=tcp,nixl."""
+
+
+@pytest.fixture(scope="module", params=CHANNELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two instances with prefix caching on, as a user would run them; short time-outs, so that the test sees them."""
-    config = {"fetch_timeout_s": FETCH_TIMEOUT_S, "stall_timeout_s": 1.0, "max_local_cpu_size": 4}
+    config = {
+        "fetch_timeout_s": FETCH_TIMEOUT_S,
+        "stall_timeout_s": 1.0,
+        "max_local_cpu_size": 4,
+        "transfer_channel": request.param,
+    }
     model = make_tiny_llama(shape=BENCH)
     with running_pair(tmp_path_factory.mktemp("faults"), model, config=config, arguments=()) as running:
         yield running

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
     [pytest.param("tcp", 150, id="tcp"), pytest.param("nixl", 350, id="nixl", marks=pytest.mark.nixl)],
 )
 def test_an_idle_cluster_costs_next_to_nothing(channel: str, node_mb: float) -> None:
-    """A controller and two nodes: under 2 % of a core in all (CPU time, not wall time), and memory within its limits."""
+    """A controller and two nodes: under 2 % of a core in all (of CPU time), and memory within its limits."""
     rows = measure_idle(8.0, channel)
     assert sum(row.cpu_percent for row in rows) < 2.0, rows
     controller, *nodes = rows
