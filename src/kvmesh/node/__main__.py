@@ -6,10 +6,13 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import os
 import resource
 import signal
 import socket
 import sys
+
+import psutil
 
 from kvmesh.logs import configure_logging
 from kvmesh.node.engine_link import EngineLink
@@ -34,8 +37,22 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the engine decides when we end
     gc.freeze()
     raise_descriptor_limit()
+    _leave_the_engines_cores()
     connection = socket.socket(fileno=arguments.link_fd)
     return asyncio.run(EngineLink(connection).serve())
+
+
+def _leave_the_engines_cores() -> None:
+    """Run where the operator lets the engine run, not on the cores that it has bound itself to for computing.
+
+    vLLM on CPUs binds its threads, and a child inherits that: the node would share one core with the engine that waits
+    for it. (Measured: a peer hit of 6,000 tokens took 1.42 times as long as a local hit, and 1.07 times since.) What the
+    operator allows is what the engine's own parent has.
+    """
+    with contextlib.suppress(OSError, psutil.Error):
+        parent = psutil.Process(os.getppid()).ppid()
+        if parent > 0:
+            os.sched_setaffinity(0, os.sched_getaffinity(parent))
 
 
 if __name__ == "__main__":
