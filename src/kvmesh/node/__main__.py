@@ -46,8 +46,8 @@ def _leave_the_engines_cores() -> None:
     """Run where the operator lets the engine run, not on the cores that it has bound itself to for computing.
 
     vLLM on CPUs binds its threads, and a child inherits that: the node would share one core with the engine that waits
-    for it. (Measured: a peer hit of 6,000 tokens took 1.42 times as long as a local hit, and 1.07 times since.) What the
-    operator allows is what the engine's own parent has.
+    for it. (Measured: a peer hit of 6,000 tokens took 1.42 times as long as a local hit, and 1.07 times since.) What
+    the operator allows is what the engine's own parent has.
     """
     with contextlib.suppress(OSError, psutil.Error):
         parent = psutil.Process(os.getppid()).ppid()
