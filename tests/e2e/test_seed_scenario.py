@@ -4,9 +4,11 @@ the text.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
 from kvmesh.bench.cluster import complete, metric
@@ -117,3 +119,13 @@ def test_the_api_finds_the_chunks(pair: Pair) -> None:
     view.close()
     answer = httpx.get(f"{pair.controller.url}/api/v1/lookup", params={"keys": key.hex()}).raise_for_status().json()
     assert "lmcache_instance_2" in str(answer)
+
+
+def test_an_idle_engine_does_not_spin(pair: Pair) -> None:
+    """With nothing to do, an instance and all its processes use a small part of a core (CPU time, not wall time)."""
+    seconds = 5.0
+    family = [psutil.Process(pair.second.pid), *psutil.Process(pair.second.pid).children(recursive=True)]
+    before = sum(sum(process.cpu_times()[:2]) for process in family)
+    time.sleep(seconds)
+    used = sum(sum(process.cpu_times()[:2]) for process in family) - before
+    assert used / seconds < 0.2
