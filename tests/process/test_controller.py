@@ -464,6 +464,7 @@ class TestHttp:
             ("GET", "/api/v1/lookup?keys=00", 422, ["8 to 40"]),
             ("GET", f"/api/v1/lookup?keys={'00' * 8}&format_id=nope", 404, ["nope", "known formats"]),
             ("GET", "/api/v2/anything", 404, ["/api/v2/anything", "/api/v1/lookup"]),
+            ("GET", "/nothere", 404, ["/nothere", "/api/v1/lookup"]),
             ("DELETE", "/api/v1/instances", 404, ["DELETE", "GET /api/v1/instances"]),
             ("POST", "/api/v1/lookup", 422, ["body"]),
         ],

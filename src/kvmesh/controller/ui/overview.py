@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 from nicegui import ui
 
-from kvmesh.controller.api import Context
+from kvmesh.controller.api import ENDPOINTS, Context
+from kvmesh.controller.paths import KnownPaths
 from kvmesh.controller.ui.fetches import Fetches
 from kvmesh.controller.ui.frame import frame
 from kvmesh.controller.ui.instances import Instances
@@ -47,3 +48,4 @@ def mount(app: FastAPI, context: Context) -> None:
         reconnect_timeout=10.0,
         show_welcome_message=False,
     )
+    app.add_middleware(KnownPaths, endpoints=ENDPOINTS)
