@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import yaml
 
 from kvmesh.errors import StartupError
@@ -27,6 +28,9 @@ HOST = "127.0.0.1"
 BOOT_TIMEOUT_S = 900.0
 """vLLM on a loaded machine of two cores takes minutes."""
 STOP_TIMEOUT_S = 15.0
+IDLE_WINDOW_S = 0.3
+IDLE_SHARE = 0.15
+"""Of a core: what a server that has nothing to do may use (CPU times come in steps of 10 ms)."""
 
 Say = Callable[[str], None]
 
@@ -190,6 +194,26 @@ class Instance(Process):
     def wait_visible(self, chunks: int, timeout_s: float = 60.0) -> None:
         """Wait until the node knows at least `chunks` chunks of others."""
         self._wait("kvmesh_node_replica_chunks", chunks, timeout_s)
+
+    def wait_idle(self, timeout_s: float = 30.0) -> None:
+        """Wait until the server and all that it started use next to no CPU time.
+
+        vLLM's workers poll for their next step for a second after the last one. Two servers that share two cores
+        would slow each other down by that, and a benchmark would measure it.
+        """
+        until_s = time.monotonic() + timeout_s
+        before_s = self._cpu_s()
+        while time.monotonic() < until_s:
+            time.sleep(IDLE_WINDOW_S)
+            now_s = self._cpu_s()
+            if now_s - before_s <= IDLE_WINDOW_S * IDLE_SHARE:
+                return
+            before_s = now_s
+        raise StartupError(self.name, expected=f"an idle server within {timeout_s:g} s", found="one that computes")
+
+    def _cpu_s(self) -> float:
+        server = psutil.Process(self.pid)
+        return sum(sum(process.cpu_times()[:2]) for process in (server, *server.children(recursive=True)))
 
     def _wait(self, name: str, at_least: float, timeout_s: float) -> None:
         until_s = time.monotonic() + timeout_s

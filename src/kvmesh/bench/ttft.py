@@ -2,8 +2,8 @@
 peer, from the own pool.
 
 Two vLLM CPU servers with a random Llama (8 or 32 KiB of KV per token in bfloat16), no prefix caching, so that the host
-pool is the only cache. Printed beside the speed-up is the ratio of fetch rate to the rate at which prefill produces
-KV: small models on CPUs overstate what a large model on a GPU gains.
+pool is the only cache. A request is sent when both servers are idle. Printed beside the speed-up is the ratio of fetch
+rate to the rate at which prefill produces KV: small models on CPUs overstate what a large model on a GPU gains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.bench.cluster import Controller, Instance, complete, instance_config, metric, wait_healthy
+from kvmesh.bench.cluster import Completion, Controller, Instance, complete, instance_config, metric, wait_healthy
 from kvmesh.models import BENCH, THIN, TinyShape, make_tiny_llama
 
 CHUNK_TOKENS = 256
@@ -73,7 +73,7 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, shape: TinyShap
                 core=number - 1,
                 dtype="bfloat16",
                 max_model_len=max(lengths) + 64,
-                arguments=("--no-enable-prefix-caching", "--distributed-executor-backend", "uni"),
+                arguments=("--no-enable-prefix-caching",),
             )
             stack.callback(instance.stop)
             instance.start()
@@ -102,14 +102,15 @@ def _measure(first: Instance, second: Instance, length: int, repeats: int, shape
     cold_s, peer_s, local_s = [], [], []
     before = _fetched(second)
     identical = True
+    instances = (first, second)
     for repeat in range(repeats):
         chosen = random.Random(f"{length} {seed} {repeat}")
         prompt = [chosen.randrange(10, 1000) for _ in range(length)]
         known = int(metric(second.admin_url, "kvmesh_node_replica_chunks"))
-        cold = complete(first.url, prompt)
+        cold = _complete(first, prompt, instances)
         second.wait_visible(known + length // CHUNK_TOKENS)
-        peer = complete(second.url, prompt)
-        local = complete(second.url, prompt)
+        peer = _complete(second, prompt, instances)
+        local = _complete(second, prompt, instances)
         cold_s.append(cold.ttft_s)
         peer_s.append(peer.ttft_s)
         local_s.append(local.ttft_s)
@@ -128,6 +129,13 @@ def _measure(first: Instance, second: Instance, length: int, repeats: int, shape
         kv_production_gb_per_s=length * shape.kv_bytes_per_token(2) / statistics.median(cold_s) / 1e9,
         identical=identical,
     )
+
+
+def _complete(instance: Instance, prompt: Sequence[int], instances: Sequence[Instance]) -> Completion:
+    """One request while nobody else computes: on a real cluster the other instance has cores of its own."""
+    for other in instances:
+        other.wait_idle()
+    return complete(instance.url, prompt)
 
 
 def _fetched(instance: Instance) -> tuple[float, float, float]:
