@@ -32,7 +32,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = {
         "fetch_timeout_s": FETCH_TIMEOUT_S,
         "stall_timeout_s": 1.0,
-        "max_local_cpu_size": 4,
+        "max_local_cpu_size": 3,
         "transfer_channel": request.param,
     }
     model = make_tiny_llama(shape=BENCH)

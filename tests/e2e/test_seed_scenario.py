@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvmesh.bench.cluster import complete, metric
-from kvmesh.models import BENCH, make_tiny_llama
+from kvmesh.models import THIN, make_tiny_llama
 from support.servers import (
     CHUNK_TOKENS,
     Pair,
@@ -34,8 +34,8 @@ CHANNELS = [pytest.param("tcp", id="tcp"), pytest.param("nixl", id="nixl", marks
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two instances without prefix caching, so that the pool is the only cache; once per channel."""
     folder = tmp_path_factory.mktemp(f"seed-{request.param}")
-    model = make_tiny_llama(shape=BENCH)
-    with running_pair(folder, model, config={"transfer_channel": request.param, "max_local_cpu_size": 4}) as running:
+    model = make_tiny_llama(shape=THIN)
+    with running_pair(folder, model, config={"transfer_channel": request.param, "max_local_cpu_size": 1.5}) as running:
         yield running
 
 
@@ -67,7 +67,7 @@ def test_log_lines_and_metrics(pair: Pair) -> None:
     assert "Retrieved 1280 out of 1280 requested tokens from peers. size: " in log
     assert "throughput: " in log
     chunks, fetched_bytes = pulled(pair.second)
-    assert fetched_bytes == chunks * CHUNK_TOKENS * BENCH.kv_bytes_per_token(4)
+    assert fetched_bytes == chunks * CHUNK_TOKENS * THIN.kv_bytes_per_token(4)
     assert metric(pair.second.url, "kvmesh_lookup_chunks_total", result="hit") >= chunks
     assert metric(pair.second.url, "kvmesh_fetch_seconds_count") >= 1
     instances = {one["instance_id"]: one for one in pair.controller.instances()}
