@@ -47,7 +47,26 @@ CALLS = {
         "OffloadingConnectorStats.increase_counter(self, _, _, _)",
         "OffloadingConnectorStats.observe_histogram(self, _, _)",
     ],
+    "vllm.sampling_params": ["SamplingParams(max_tokens=_)"],
+    "vllm.v1.request": [
+        """Request(request_id=_, prompt_token_ids=_, sampling_params=_, pooling_params=_, cache_salt=_,
+        block_hasher=_)"""
+    ],
+    f"{OFFLOAD}.cpu.manager": [
+        "CPUOffloadingManager.complete_load(self, _, _)",
+        "CPUOffloadingManager._free_chunk(self, _)",
+    ],
+    f"{OFFLOAD}.tiering.manager": [
+        "CPUPrimaryTierOffloadingManager.prepare_read(self, _, _)",
+        "TieringOffloadingManager.lookup(self, _, _)",
+        "TieringOffloadingManager.on_new_request(self, _)",
+        "TieringOffloadingManager.on_request_finished(self, _)",
+    ],
     f"{OFFLOAD}.base": [
+        "OffloadingEvent(keys=_, medium=_, removed=_)",
+        "make_offload_key(_, _)",
+        "ReqContext(req_id=_)",
+        "ReqContext.set_offload_key_position(self, _, _)",
         "OffloadingCounterMetadata(documentation=_, labelnames=_)",
         "OffloadingGaugeMetadata(documentation=_)",
         "OffloadingHistogramMetadata(documentation=_, buckets=_)",
@@ -96,12 +115,17 @@ ATTRIBUTES = {
         "OffloadingConfig": "model groups cache parallel canonical_layout kv_cache_layout extra_config",
         "OffloadingModelConfig": "dtype",
         "OffloadingGroupConfig": "group_id layer_names tokens_per_block",
-        "OffloadingCacheConfig": "blocks_per_chunk",
+        "OffloadingCacheConfig": "blocks_per_chunk tokens_per_hash",
         "OffloadingParallelConfig": """rank tp_size pp_size pcp_size dcp_size
             data_parallel_size data_parallel_index is_parallelism_agnostic""",
     },
     f"{OFFLOAD}.cpu.common": {"CPULoadStoreSpec": "chunk_ids"},
-    f"{OFFLOAD}.cpu.manager": {"CPUOffloadingManager": "_policy"},
+    f"{OFFLOAD}.cpu.manager": {"CPUOffloadingManager": "_policy _num_chunks _num_evictable_cache_chunks events medium"},
+    f"{OFFLOAD}.cpu.policies.lru": {"LRUCachePolicy": "chunks _ranks"},
+    f"{OFFLOAD}.cpu.policies.arc": {"ARCCachePolicy": "t1 t2"},
+    "vllm.v1.engine": {"EngineCoreRequestType": "WAKEUP"},
+    "vllm.v1.engine.core": {"EngineCoreProc": "input_queue request_block_hasher"},
+    "vllm.v1.request": {"Request": "block_hashes"},
     f"{OFFLOAD}.cpu.policies.base": {"ChunkStatus": "_fields_"},
     f"{OFFLOAD}.cpu.shared_offload_region": {"SharedOffloadRegion": "mmap_path _creator"},
     f"{OFFLOAD}.tiering.base": {"TransferJob": "job_id keys chunk_ids req_context"},
@@ -133,7 +157,7 @@ HOOKS = {
     ("kvmesh.vllm.tier", "PeerTier"): (
         (f"{OFFLOAD}.tiering.base", "SecondaryTierManager"),
         """lookup submit_load submit_store get_finished_jobs has_pending_work drain_jobs shutdown on_new_request
-        build_metric_definitions get_stats""",
+        serve_external_requests build_metric_definitions get_stats""",
     ),
 }
 

@@ -14,7 +14,7 @@ from fuzz.effort import fuzz
 from fuzz.inputs import hostile
 from kvmesh.bench.stand_in import make_key, stand_in_format
 from kvmesh.core.reasons import MissReason
-from kvmesh.wire import directory, link, peer
+from kvmesh.wire import control, directory, link, peer
 from kvmesh.wire.framing import FrameBuffer, FrameError, pack_frame
 from unit.controller.makers import make_keys, make_member
 
@@ -49,8 +49,12 @@ DIRECTORY = [
         directory.MemberUp(make_member("b")),
         directory.MemberDown(*WHO, "left"),
         directory.Resync(*WHO),
+        directory.Ask(*WHO, "1" * 16, control.encode_question(control.Ping()), 5.0),
+        directory.Answer(*WHO, "1" * 16, control.encode_reply(control.Pong(version="1"))),
+        directory.Answer(*WHO, "1" * 16, b"", directory.AskError("busy", "later")),
     )
 ]
+CONTROL = [control.encode_question(control.Ping()), control.encode_reply(control.Pong(version="1"))]
 LINK = [
     link.encode(message)
     for message in (
@@ -118,6 +122,21 @@ def test_peer_messages(decode: object, data: st.DataObject) -> None:
     except peer.MessageError:
         return
     assert decode(peer.encode(message)) == message  # type: ignore[operator]
+
+
+@given(data=st.data())
+@fuzz(100)
+def test_questions_and_replies(data: st.DataObject) -> None:
+    """ControlError and nothing else; what passes stays what it is."""
+    payload = data.draw(hostile((*get_args(control.AnyQuestion), *get_args(control.AnyReply)), CONTROL))
+    with contextlib.suppress(control.ControlError):
+        ask = directory.Ask(*WHO, "1" * 16, payload, 5.0)
+        question = control.decode_question(ask, version="1")
+        ask = msgspec.structs.replace(ask, question=control.encode_question(question))
+        assert control.decode_question(ask, version="1") == question
+    with contextlib.suppress(control.ControlError):
+        reply = control.decode_reply(payload)
+        assert control.decode_reply(control.encode_reply(reply)) == reply
 
 
 @pytest.mark.parametrize("payload", [*DIRECTORY, *LINK, *PEER])

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +74,9 @@ class FakeNode:
         self.fetches: dict[int, list[bytes]] = {}
         self.fetch_slots: dict[int, list[int]] = {}
         self.timeouts_s: list[float] = []
+        self.on_request: Callable[[link.Operate | link.MakeKeys], None] | None = None
+        self.tokenizer = ""
+        self.answers: list[link.Operated | link.KeysMade] = []
         self.finished: list[FinishedJob] = []
         self.started = self.closed = False
 
@@ -106,6 +109,9 @@ class FakeNode:
         chunks = len(self.fetches.pop(job_id))
         given = list(reasons) if reasons is not None else [None] * chunks
         self.finished.append(FinishedJob(job_id, given, given.count(None) * self.ledger.chunk_bytes, 0.5, ["peer"]))
+
+    def answer(self, message: link.Operated | link.KeysMade) -> None:
+        self.answers.append(message)
 
     def take_finished(self) -> list[FinishedJob]:
         finished, self.finished = self.finished, []

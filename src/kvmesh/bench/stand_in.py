@@ -92,6 +92,8 @@ class StandInEngine:
         )
         self._slots: OrderedDict[bytes, int] = OrderedDict()
         """Slot by key, least recently used first."""
+        self.held: set[bytes] = set()
+        """Chunks that are not to be evicted."""
         self._free = list(range(slots))
         self._busy: set[int] = set()
         """Slots of fetch jobs that are out: nobody may touch them."""
@@ -164,6 +166,36 @@ class StandInEngine:
     def holds(self, key: bytes) -> bool:
         return key in self._slots
 
+    def keys(self) -> list[bytes]:
+        """Held chunks, least recently used first."""
+        return list(self._slots)
+
+    def start_fetch(self, key: bytes, request_id: str, timeout_s: float) -> tuple[int, int]:
+        """Have the node fetch one chunk, without waiting. Returns the job and its slot, for `take_result` and
+        `end_fetch`.
+        """
+        slot = self._allocate()
+        self._busy.add(slot)
+        self._job_id += 1
+        self.node.fetch(self._job_id, request_id, [key], [slot], timeout_s)
+        return self._job_id, slot
+
+    def take_result(self, job_id: int) -> FinishedJob | None:
+        """How a job has ended; None while it has not."""
+        for finished in self.node.take_finished():
+            self._results[finished.job_id] = finished
+        return self._results.pop(job_id, None)
+
+    def end_fetch(self, key: bytes, slot: int, *, is_here: bool) -> None:
+        """Keep and publish what has come, or give the slot back."""
+        self._busy.discard(slot)
+        if not is_here:
+            self._free.append(slot)
+            return
+        self._slots[key] = slot
+        self.ledger.publish(slot, key)
+        self.node.publish([slot], fetched=True)
+
     def forget(self, keys: Sequence[bytes]) -> None:
         """Evict chunks."""
         for key in keys:
@@ -204,7 +236,7 @@ class StandInEngine:
 
     def _allocate(self) -> int:
         if not self._free:
-            self._evict(next(iter(self._slots)))
+            self._evict(next(key for key in self._slots if key not in self.held))
         return self._free.pop()
 
     def _evict(self, key: bytes) -> None:

@@ -271,6 +271,13 @@ class KVMeshConfig(BaseModel):
         allowed="a list of: pool, peers, LocalCPUBackend, P2PBackend",
         shown_default="everywhere",
     )
+    pin_max_share: float = key(
+        0.5,
+        "Share of the host pool's slots that pinned chunks may hold together.",
+        allowed="a number from 0 to 0.9",
+        ge=0,
+        le=0.9,
+    )
     negative_cache_s: float = key(
         2.0,
         "A chunk that could not be fetched is not tried again for so many seconds.",

@@ -5,29 +5,30 @@ Handlers run on the loop that owns the registry, so they read it without a lock 
 
 from __future__ import annotations
 
-import hmac
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from kvmesh import __version__
 from kvmesh.controller import views
+from kvmesh.controller.api_operations import operations_router
+from kvmesh.controller.errors import ApiError
 from kvmesh.controller.feed import Feed
 from kvmesh.controller.formats import incompatibilities as incompatibilities_of
-from kvmesh.controller.instances import FormatGroup
+from kvmesh.controller.lookups import lookup_keys
 from kvmesh.controller.metrics import ControllerMetrics
+from kvmesh.controller.operator import Operator
 from kvmesh.controller.registry import Registry
-from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES, ChunkKey, check_key
 
-MAX_LOOKUP_KEYS = 10_000
 ENDPOINTS = (
     "GET /healthz",
     "GET /metrics",
@@ -36,6 +37,11 @@ ENDPOINTS = (
     "GET /api/v1/incompatibilities",
     "GET /api/v1/lookup",
     "POST /api/v1/lookup",
+    "GET /api/v1/chunks/{key}",
+    "GET /api/v1/operations",
+    "POST /api/v1/operations",
+    "GET /api/v1/operations/{operation_id}",
+    "DELETE /api/v1/operations/{operation_id}",
     "GET /api/v1/fetches",
     "GET /api/v1/totals",
     "GET /openapi.json",
@@ -53,6 +59,11 @@ class Context:
     token: str | None = field(default=None, repr=False)
     """What a request that changes something must show; None without a cluster key."""
 
+    @cached_property
+    def operator(self) -> Operator:
+        """Carries out operations; made when it is first needed."""
+        return Operator(self.registry, self.feed.asks, self.clock)
+
     def health(self) -> views.HealthView:
         """What `/healthz` says."""
         problems = self.feed.problems()
@@ -63,17 +74,6 @@ class Context:
             instances=len(self.registry.instances),
             problems=problems,
         )
-
-
-class ApiError(Exception):
-    """Becomes a JSON answer that says what is wrong and what to do."""
-
-    def __init__(self, status: int, code: str, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.hint = hint
 
 
 class ErrorBody(BaseModel):
@@ -88,30 +88,6 @@ class ErrorView(BaseModel):
     """Every answer from 400 on."""
 
     error: ErrorBody
-
-
-class LookupRequest(BaseModel):
-    """Body of a lookup by POST, for more keys than fit into an address."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    keys: list[str] = Field(max_length=MAX_LOOKUP_KEYS, description="Chunk keys in hexadecimal, in prefix order.")
-    format_id: str | None = Field(None, description="Only this format.")
-
-
-def require_token(context: Context, authorization: str | None) -> None:
-    """Raises ApiError unless `Authorization: Bearer TOKEN` has the cluster's token.
-
-    For every call that changes something; reading is free for whoever reaches the port. No such call exists yet.
-    """
-    if context.token is None:
-        hint = "start the controller with --cluster-key-file or KVMESH_CLUSTER_KEY"
-        raise ApiError(403, "no_cluster_key", "without a cluster key nothing can be changed over HTTP", hint)
-    scheme, _, shown = (authorization or "").partition(" ")
-    is_right = hmac.compare_digest(shown.strip().encode(), context.token.encode())
-    if scheme.lower() != "bearer" or not is_right:
-        hint = "send Authorization: Bearer TOKEN; kvmesh key token prints it"
-        raise ApiError(401, "bad_token", "this call needs the cluster's token", hint)
 
 
 def create_app(context: Context) -> FastAPI:
@@ -140,6 +116,7 @@ def create_app(context: Context) -> FastAPI:
         """Prometheus metrics, named kvmesh_controller_*."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
+    app.include_router(operations_router(context), prefix="/api/v1")
     app.include_router(_version_1(context), prefix="/api/v1")
 
     @app.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
@@ -185,12 +162,7 @@ def _version_1(context: Context) -> APIRouter:
         format_id: Annotated[str | None, Query(description="Only this format.")] = None,
     ) -> views.LookupView:
         """Who holds these chunks, and how long the prefix is that can be fetched."""
-        return _lookup(registry, [part for part in keys.split(",") if part], format_id)
-
-    @router.post("/lookup")
-    async def lookup_many(body: LookupRequest) -> views.LookupView:
-        """As GET, for many keys."""
-        return _lookup(registry, body.keys, body.format_id)
+        return lookup_keys(registry, [part for part in keys.split(",") if part], format_id)
 
     @router.get("/fetches")
     async def fetches() -> list[views.FetchView]:
@@ -204,31 +176,6 @@ def _version_1(context: Context) -> APIRouter:
         return views.totals_view(registry)
 
     return router
-
-
-def _lookup(registry: Registry, texts: Sequence[str], format_id: str | None) -> views.LookupView:
-    if len(texts) > MAX_LOOKUP_KEYS:
-        raise ApiError(422, "too_many_keys", f"{len(texts)} keys in one lookup", f"ask for {MAX_LOOKUP_KEYS} at a time")
-    keys = [_parse_key(text) for text in texts]
-    return views.lookup_view(_groups(registry, format_id), keys)
-
-
-def _groups(registry: Registry, format_id: str | None) -> list[FormatGroup]:
-    if format_id is None:
-        return list(registry.groups.values())
-    found = registry.groups.get(format_id)
-    if found is None:
-        known = ", ".join(registry.groups) or "none: there are no members"
-        raise ApiError(404, "unknown_format", f"no member has the format {format_id!r}", f"known formats: {known}")
-    return [found]
-
-
-def _parse_key(text: str) -> ChunkKey:
-    try:
-        return check_key(bytes.fromhex(text.strip()))
-    except ValueError as error:
-        hint = f"a key is {KEY_MIN_BYTES} to {KEY_MAX_BYTES} bytes in hexadecimal: the block hash and the group index"
-        raise ApiError(422, "bad_key", f"{text[:100]!r} is no chunk key: {error}", hint) from None
 
 
 def _error(status: int, code: str, message: str, hint: str) -> JSONResponse:

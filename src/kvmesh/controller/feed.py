@@ -19,6 +19,7 @@ from typing import NamedTuple
 import zmq
 
 from kvmesh.controller.admission import Admission
+from kvmesh.controller.asks import Asks
 from kvmesh.controller.instances import Peer, Send, SocketName
 from kvmesh.controller.intake import Intake
 from kvmesh.controller.log import LogLimiter, log
@@ -62,6 +63,7 @@ class Feed:
             for name, router in self._routers.items()
         }
         self._admission = Admission(sockets, clock)
+        self.asks = Asks(registry, self._send_ask)
         self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames))
         self._owed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -84,6 +86,7 @@ class Feed:
 
     async def stop(self) -> None:
         """End all tasks. The sockets stay open: they are their maker's to close."""
+        self.asks.stop()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -128,6 +131,8 @@ class Feed:
             raise ValueError(f"{len(frames) - 1} frames instead of one: connect a DEALER")
         request = wire.request_decoder.decode(frames[1].buffer)
         self._received[socket, type(request).__name__] += 1
+        if isinstance(request, wire.Answer):
+            self.asks.on_answer(request)
         now_s = self._clock()
         self.send(self._registry.on_request(request, Peer(socket, frames[0].bytes), now_s), now_s)
         if isinstance(request, (wire.Register, wire.SnapshotRequest)):
@@ -196,6 +201,16 @@ class Feed:
                 log(logger, logging.ERROR, "send_failed", socket=peer.socket, error=error)
             return SendFailure.GONE
         return None
+
+    def _send_ask(self, peer: Peer, frame: bytes) -> SendFailure | None:
+        failure = self._send_one(peer, frame, copy=True)
+        if failure is None:
+            self._sent_frames += 1
+            self._sent_bytes += len(frame)
+        else:
+            self._failures[failure.value] += 1
+        self._intakes[peer.socket].wake()
+        return failure
 
     # -- by themselves -------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from kvmesh.controller.downstream import Downstream
+from kvmesh.controller.rates import RateMeter
 from kvmesh.core.format import FieldDifference, Format
 from kvmesh.core.replica import Replica
 from kvmesh.wire.directory import Member, NodeStatistics, Notice
@@ -60,6 +61,7 @@ class Instance:
     """Since when a heartbeat's sequence number has been ahead of `behind_at`, ours."""
     corrupt_chunks: int = 0
     """Chunks that others report to have got from this member with wrong bytes."""
+    rates: RateMeter = field(default_factory=RateMeter)
 
     @property
     def instance_id(self) -> str:

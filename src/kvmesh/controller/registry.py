@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from itertools import count
 
@@ -74,6 +74,8 @@ class Registry:
         """By format id. A group goes with its last member."""
         self.departed: OrderedDict[tuple[str, str], Departed] = OrderedDict()
         """By (instance id, incarnation), oldest first."""
+        self.on_removed: list[Callable[[Instance, DownReason], None]] = []
+        """Called with every member that goes, after it has gone."""
         self._by_peer: dict[Peer, Instance] = {}
         self.activity = Activity()
         self.counters = Counters()
@@ -98,7 +100,7 @@ class Registry:
             self._owe_snapshot(request, peer)
             return []
         instance = self._life(request.instance_id, request.incarnation, now_s)
-        if instance is None:
+        if instance is None or not isinstance(request, wire.Leave):
             return []
         log(logger, logging.INFO, "instance_left", instance=instance.instance_id, incarnation=instance.incarnation)
         return self._remove(instance, "left", now_s)
@@ -206,6 +208,7 @@ class Registry:
         if instance is None:
             return [Send((peer,), wire.HeartbeatAck(self.incarnation, known=False), self._ack_unknown)]
         instance.statistics = heartbeat.statistics
+        instance.rates.note(heartbeat.statistics, now_s)
         if not self._reachable(instance, heartbeat, peer):
             return [Send((peer,), wire.HeartbeatAck(self.incarnation, known=False), self._ack_unknown)]
         sends = [Send((peer,), wire.HeartbeatAck(self.incarnation, known=True), self._ack_known)]
@@ -371,7 +374,7 @@ class Registry:
     def on_send_failed(self, peer: Peer, send: Send, failure: SendFailure, now_s: float) -> None:
         """A frame of ours could not be handed to this connection."""
         instance = self._by_peer.get(peer)
-        if instance is None or isinstance(send.message, (wire.HeartbeatAck, wire.Refused)):
+        if instance is None or isinstance(send.message, (wire.HeartbeatAck, wire.Refused, wire.Ask)):
             return  # acknowledgements are not counted, and the next heartbeat asks again
         message, downstream = send.message, instance.downstream
         if isinstance(message, wire.Registered) and message.registration != downstream.registration:
@@ -457,6 +460,8 @@ class Registry:
         for publisher in group.members:
             self._owed[publisher].discard(instance_id)
         self.departed[instance_id, instance.incarnation] = Departed(instance.member, reason, now_s)
+        for listener in self.on_removed:
+            listener(instance, reason)
         return self._broadcast(wire.MemberDown(instance_id, instance.incarnation, reason), self.instances.values())
 
     def _broadcast(self, notice: wire.Notice, receivers: Iterable[Instance]) -> list[Send]:

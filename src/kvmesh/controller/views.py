@@ -60,6 +60,22 @@ class StatisticsView(BaseModel):
     misses: dict[str, int]
 
 
+class RatesView(BaseModel):
+    """Means over the last seconds."""
+
+    fetched_bytes_per_s: float
+    served_bytes_per_s: float
+    fetches_per_s: float
+    over_s: float
+
+
+class LoadView(BaseModel):
+    """What an instance's node does at the moment, from its last heartbeat."""
+
+    active_fetches: int = Field(description="Fetches that run.")
+    active_serves: int = Field(description="Connections of other nodes that are open.")
+
+
 class InstanceView(BaseModel):
     """One member."""
 
@@ -81,6 +97,10 @@ class InstanceView(BaseModel):
     corrupt_chunks: int = Field(
         description="Chunks that others report to have got from this instance with wrong bytes: look at its memory."
     )
+    sharing: str = Field(description="on, draining (fetches and publishes nothing new) or drained (holds nothing).")
+    pinned_chunks: int = Field(description="Chunks that eviction passes by, as far as the instance has told.")
+    rates: RatesView | None = Field(description="null until two heartbeats have come.")
+    load: LoadView
     statistics: StatisticsView
     incompatible_count: int
     incompatible_with: list[IncompatibleView] = Field(description=f"The first {MAX_INCOMPATIBLE_LISTED}.")
@@ -134,6 +154,7 @@ class LookupFormatView(BaseModel):
     format_id: str
     model_name: str
     chunk_tokens: int
+    tokens: int | None = Field(default=None, description="Of the prompt that was looked up; null in lookups by keys.")
     chunks: list[ChunkView]
     longest_prefix: PrefixView
 
@@ -200,7 +221,7 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
     chunks = len(replica.keys_of(instance.instance_id))
     incompatible = list(incompatible_with(instance, registry.groups))
     incompatible.sort(key=lambda pair: not pair.same_model)
-    statistics = instance.statistics
+    statistics, rates = instance.statistics, instance.rates.rates()
     return InstanceView(
         instance_id=member.instance_id,
         incarnation=member.incarnation,
@@ -218,6 +239,10 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
         member_for_s=max(0.0, now_s - instance.registered_at_s),
         behind_bytes=instance.downstream.outstanding_bytes,
         corrupt_chunks=instance.corrupt_chunks,
+        sharing=statistics.sharing,
+        pinned_chunks=statistics.pinned_chunks,
+        rates=None if rates is None else RatesView(**rates._asdict()),
+        load=LoadView(active_fetches=statistics.active_fetches, active_serves=statistics.active_serves),
         statistics=StatisticsView(
             published_chunks=statistics.published_chunks,
             replica_chunks=statistics.replica_chunks,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from kvmesh.core.keys import ChunkKey
-from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, Snapshot
+from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot
 
 
 class DirectoryListener(Protocol):
@@ -33,6 +34,9 @@ class DirectoryListener(Protocol):
 
     def statistics(self) -> NodeStatistics: ...
 
+    def on_ask(self, ask: Ask, answer: Callable[[Answer], None]) -> None:
+        """A question to this node (`kvmesh.wire.control`). `answer` is called once, now or later, on this loop."""
+
 
 class DirectoryClient(Protocol):
     """A node's connection to a directory. It reconnects for ever by itself and never raises into its caller."""
@@ -42,6 +46,9 @@ class DirectoryClient(Protocol):
 
     def changes_pending(self) -> None:
         """`take_changes` has something new. Called on the event loop."""
+
+    def leave(self) -> None:
+        """Be a member no longer, and stay away for good."""
 
     def report(self, report: FetchReport) -> None:
         """Tell of a finished fetch; may be lost."""

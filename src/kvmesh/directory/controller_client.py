@@ -69,6 +69,7 @@ class ControllerClient:
         self._member: wire.Member | None = None
         self._registered = False
         self._connected = False
+        self._has_left = False
         self._answered_at_s = 0.0
         self._controller = ""
         self._members: dict[str, str] = {}
@@ -119,6 +120,13 @@ class ControllerClient:
         if self._registered:
             self._send(self._push, report)
 
+    def leave(self) -> None:
+        self._has_left = True
+        if self._registered and self._member is not None:
+            self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
+        self._registered = False
+        self._set_connected(False)
+
     # -- loops ---------------------------------------------------------------------------------------------------------
 
     async def _heartbeats(self) -> None:
@@ -141,7 +149,8 @@ class ControllerClient:
                 self._send(self._beat, beat)
                 await asyncio.sleep(self._interval_s)
             else:
-                self._send(self._dealer, wire.Register(member))
+                if not self._has_left:
+                    self._send(self._dealer, wire.Register(member))
                 await asyncio.sleep(min(self._interval_s, REGISTER_RETRY_S))
 
     async def _publishes(self) -> None:
@@ -186,7 +195,7 @@ class ControllerClient:
                     )
                 continue
             self._answered_at_s = time.monotonic()
-            if not isinstance(notice, wire.Registered | wire.HeartbeatAck | wire.Refused):
+            if not isinstance(notice, wire.Registered | wire.HeartbeatAck | wire.Refused | wire.Ask):
                 self._received_bytes += len(frames[-1])
             try:
                 self._on_notice(notice)
@@ -199,6 +208,8 @@ class ControllerClient:
     def _on_notice(self, notice: wire.Notice) -> None:
         listener = self._listener
         match notice:
+            case _ if self._has_left:
+                return
             case wire.Registered():
                 self._on_registered(notice)
             case wire.Refused():
@@ -224,6 +235,14 @@ class ControllerClient:
             case wire.Snapshot():
                 if not listener.on_snapshot(notice):
                     self._ask_snapshot(notice.instance_id, notice.incarnation)
+            case wire.Ask():
+                self._on_ask(notice)
+
+    def _on_ask(self, ask: wire.Ask) -> None:
+        member = self._member
+        if member is None or (ask.instance_id, ask.incarnation) != (member.instance_id, member.incarnation):
+            return  # meant for another life of ours; whoever asked knows that it has ended
+        self._listener.on_ask(ask, lambda answer: self._send(self._dealer, answer))
 
     def _on_registered(self, notice: wire.Registered) -> None:
         assert self._member is not None

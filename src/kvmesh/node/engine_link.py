@@ -17,7 +17,9 @@ from kvmesh.errors import KVMeshError
 from kvmesh.node.process import DirectoryState, Node, NodeListener
 from kvmesh.transfer.pool import HostPool, PoolSegment
 from kvmesh.wire import link
+from kvmesh.wire.control import ControlError
 from kvmesh.wire.framing import pack_frame, read_frame
+from kvmesh.wire.operations import AnyCommand
 
 log = logging.getLogger("kvmesh.node")
 
@@ -41,6 +43,9 @@ class EngineLink(NodeListener):
         self._behind = False
         """Changes were dropped; `_catch_up` waits until the engine reads again."""
         self._untold: DirectoryState | None = None
+        self._key_number = 0
+        self._key_makers: dict[int, asyncio.Future[link.KeysMade]] = {}
+        """Who waits for keys; at most as many as questions are answered at a time."""
 
     async def serve(self) -> int:
         """Run a node for the engine; returns the process's exit status. Ends with the link or the engine."""
@@ -90,7 +95,7 @@ class EngineLink(NodeListener):
         config = KVMeshConfig.from_wire(start.config)
         if start.peer_port:
             config = config.model_copy(update={"peer_port": start.peer_port})
-        return Node(config, start.format, pool, ledger, self)
+        return Node(config, start.format, pool, ledger, self, sharing=start.sharing, tokenizer=start.tokenizer)
 
     # -- from the engine -----------------------------------------------------------------------------------------------
 
@@ -116,10 +121,19 @@ class EngineLink(NodeListener):
                 if not len(message.keys) == len(message.slots) == len(set(message.slots)):
                     raise ValueError(f"fetch of {len(message.keys)} keys into {len(message.slots)} slots")
                 _start(self._fetch(self._node, message), self._jobs)
+            case link.Operated():
+                self._node.operations.reported(message.operation_id, message.report)
+            case link.KeysMade():
+                self._keys_made(message)
             case link.GiveUp():
                 _start(self._give_up(self._node), self._others)
             case link.Start():
                 log.error("engine sent a second start; ignored")
+
+    def _keys_made(self, message: link.KeysMade) -> None:
+        maker = self._key_makers.get(message.number)
+        if maker is not None and not maker.done():
+            maker.set_result(message)
 
     def _check_slots(self, slots: list[int]) -> None:
         assert self._node is not None
@@ -162,7 +176,31 @@ class EngineLink(NodeListener):
         if self._is_behind():
             self._untold = state
             return
-        self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+        self._send(link.Directory(state.connected, state.ever_connected, state.peers, state.sharing))
+
+    def on_visible_reset(self, keys: list[ChunkKey]) -> None:
+        if self._is_behind():
+            return
+        self._send(link.Visible([], [], reset=True))
+        self._tell_visible(keys, [])
+
+    def operate(self, operation_id: str, command: AnyCommand, timeout_s: float) -> bool:
+        self._send(link.Operate(operation_id, command, timeout_s))
+        return True
+
+    async def make_keys(self, tokens: list[int], cache_salt: str | None) -> list[bytes]:
+        self._key_number += 1
+        number = self._key_number
+        made: asyncio.Future[link.KeysMade] = asyncio.get_running_loop().create_future()
+        self._key_makers[number] = made
+        try:
+            self._send(link.MakeKeys(number, tokens, cache_salt))
+            answer = await made
+        finally:
+            del self._key_makers[number]
+        if answer.error:
+            raise ControlError("no_keys", answer.error)
+        return answer.keys
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -190,10 +228,10 @@ class EngineLink(NodeListener):
             return  # the reading task sees the same end
         self._behind = False
         self._send(link.Visible([], [], reset=True))
-        self._tell_visible(list(node.replica.keys()), [])
+        self._tell_visible(node.visible_keys(), [])
         if self._untold is not None:
             state, self._untold = self._untold, None
-            self._send(link.Directory(state.connected, state.ever_connected, state.peers))
+            self._send(link.Directory(state.connected, state.ever_connected, state.peers, state.sharing))
 
     def _close(self) -> None:
         if self._writer is not None:

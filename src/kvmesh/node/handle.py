@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -33,6 +33,7 @@ from kvmesh.errors import StartupError
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.wire import link
 from kvmesh.wire.framing import LENGTH_BYTES, FrameBuffer, pack_frame, parse_length
+from kvmesh.wire.operations import Report, RunState, Sharing
 
 log = logging.getLogger("kvmesh.handle")
 
@@ -67,6 +68,7 @@ class NodeState(NamedTuple):
     directory_connected: bool
     directory_ever_connected: bool
     peers: int
+    sharing: Sharing = Sharing.ON
 
 
 class _Job(NamedTuple):
@@ -117,6 +119,10 @@ class NodeHandle:
         self._sending = threading.Lock()
         """Held while a frame is written: no descriptor is closed meanwhile, and its number given to something else."""
         self._ready: link.Ready | None = None
+        self.on_request: Callable[[link.Operate | link.MakeKeys], None] = self._refuse
+        """Takes what the node asks of the engine; called on the reading thread. Set before `start`."""
+        self.tokenizer = ""
+        """Folder of the model's tokenizer. Set before `start`."""
         self._closing = threading.Event()
         self._idle = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -197,6 +203,12 @@ class NodeHandle:
                 self._outgoing.put((self._life, link.Fetch(job_id, request_id, keys, slots, timeout_s)))
         if not alive:
             self._finish(job_id, MissReason.NODE_DOWN)
+
+    def answer(self, message: link.Operated | link.KeysMade) -> None:
+        """Tell the node how something that it has asked for goes. Any thread; lost when the node is."""
+        with self._lock:
+            if self._state.alive and self._outgoing.qsize() < MAX_OUTGOING:
+                self._outgoing.put((self._life, message))
 
     def take_finished(self) -> list[FinishedJob]:
         """Jobs that ended since the last call."""
@@ -287,9 +299,21 @@ class NodeHandle:
                 self._done(message)
             case link.Directory():
                 with self._lock:
-                    self._state = NodeState(True, message.connected, message.ever_connected, message.peers)
+                    self._state = NodeState(
+                        True, message.connected, message.ever_connected, message.peers, message.sharing
+                    )
+                    self._start = msgspec.structs.replace(self._start, sharing=message.sharing)
+            case link.Operate() | link.MakeKeys():
+                self.on_request(message)
             case link.Ready() | link.Failed():
                 log.error("node sent %s out of turn; ignored", type(message).__name__)
+
+    def _refuse(self, message: link.Operate | link.MakeKeys) -> None:
+        text = "this engine cannot do that"
+        if isinstance(message, link.Operate):
+            self.answer(link.Operated(message.operation_id, Report(state=RunState.FAILED, text=text)))
+        else:
+            self.answer(link.KeysMade(message.number, [], text))
 
     def _done(self, message: link.FetchDone) -> None:
         with self._lock:
@@ -418,7 +442,7 @@ class NodeHandle:
         self._start = msgspec.structs.replace(self._start, peer_port=first.peer_port)
         with self._lock:
             self._ready = first
-            self._state = NodeState(True, False, False, 0)
+            self._state = NodeState(True, False, False, 0, self._start.sharing)
             # The node read the ledger before it was ready; what changed since then is told again.
             self._tell_missed_slots()
         return first
@@ -430,7 +454,8 @@ class NodeHandle:
         """Exactly one frame, byte by byte where needed: what follows it belongs to the reading thread."""
         until_s = time.monotonic() + START_TIMEOUT_S
         connection.settimeout(START_TIMEOUT_S)
-        connection.sendall(pack_frame(link.encode(self._start)))
+        start = msgspec.structs.replace(self._start, tokenizer=self.tokenizer)
+        connection.sendall(pack_frame(link.encode(start)))
         length = parse_length(_receive(connection, LENGTH_BYTES, until_s), link.MAX_FRAME_BYTES)
         message = link.to_engine_decoder.decode(_receive(connection, length, until_s))
         connection.settimeout(None)

@@ -48,6 +48,8 @@ class Inventory:
         """Announced key by slot."""
         self._fetched: dict[int, tuple[ChunkKey, bytes]] = {}
         """Key and checksum of slots that this node filled and the engine has not published yet."""
+        self.accepting = True
+        """False: what the engine publishes is not announced; `republish` makes up for it."""
         self._added: dict[ChunkKey, None] = {}
         self._removed: dict[ChunkKey, None] = {}
         self._checksums = threading.Lock()
@@ -59,7 +61,7 @@ class Inventory:
     def published(self, slots: Iterable[int], *, fetched: bool = False) -> None:
         """The slots' bytes are complete, says the engine. Announces at once what needs no hashing, the rest later."""
         unhashed: list[tuple[int, ChunkKey, int]] = []
-        for slot in slots:
+        for slot in slots if self.accepting else ():
             record = self._ledger.read(slot)
             if record is None:
                 continue
@@ -89,6 +91,22 @@ class Inventory:
             if key is not None and not self._ledger.is_current(slot, self._entries[key].generation):
                 self._withdraw(slot, key)
         self._notify()
+
+    def withdraw(self, keys: Iterable[ChunkKey] | None = None) -> int:
+        """Announce at once that chunks (None: all) are not here any more, whatever the engine still does with them.
+
+        Returns how many had been announced.
+        """
+        found = [
+            (entry.slot, key)
+            for key in (list(self._entries) if keys is None else keys)
+            if (entry := self._entries.get(key)) is not None
+        ]
+        for slot, key in found:
+            if key in self._entries:
+                self._withdraw(slot, key)
+        self._notify()
+        return len(found)
 
     def filled(self, slot: int, key: ChunkKey, digest: bytes) -> None:
         """A fetch has put `key` into a slot of ours; remember the verified checksum until the engine publishes the
@@ -158,7 +176,7 @@ class Inventory:
 
     def _announce(self, slot: int, key: ChunkKey, generation: int) -> None:
         """A retraction may have overtaken the hashing: its message found nothing to withdraw, so look again here."""
-        if not self._ledger.is_current(slot, generation):
+        if not self._ledger.is_current(slot, generation) or not self.accepting:
             return
         before = self._keys.get(slot)
         if before is not None and before != key:

@@ -32,13 +32,17 @@ from kvmesh.core.replica import Applied, Replica
 from kvmesh.directory.base import DirectoryClient
 from kvmesh.directory.controller_client import ControllerClient
 from kvmesh.node.admin import bind_admin, serve_admin
+from kvmesh.node.control import Control
 from kvmesh.node.fetcher import Fetcher, JobResult, make_items
 from kvmesh.node.inventory import Inventory
+from kvmesh.node.operations import NodeOperations
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.node.peers import Peers
 from kvmesh.node.transports import Transports
 from kvmesh.transfer.pool import HostPool
-from kvmesh.wire.directory import Changes, FetchReport, Member, NodeStatistics, Snapshot
+from kvmesh.wire.control import ControlError
+from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot
+from kvmesh.wire.operations import AnyCommand, Sharing
 
 log = logging.getLogger("kvmesh.node")
 
@@ -52,6 +56,7 @@ class DirectoryState(NamedTuple):
     connected: bool
     ever_connected: bool
     peers: int
+    sharing: Sharing = Sharing.ON
 
 
 class NodeListener:
@@ -60,7 +65,20 @@ class NodeListener:
     def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
         """Keys that somebody else holds now, or nobody any more."""
 
+    def on_visible_reset(self, keys: list[ChunkKey]) -> None:
+        """From now on these are the keys that somebody else holds, and no others."""
+
     def on_directory(self, state: DirectoryState) -> None: ...
+
+    def operate(self, operation_id: str, command: AnyCommand, timeout_s: float) -> bool:
+        """Have the engine carry out a command; it reports to `NodeOperations.reported`. False without an engine."""
+        del operation_id, command, timeout_s
+        return False
+
+    async def make_keys(self, tokens: list[int], cache_salt: str | None) -> list[bytes]:
+        """The keys of a prompt's chunks. Raises ControlError when there is no engine to say."""
+        del tokens, cache_salt
+        raise ControlError("no_engine", "this node has no engine that could say")
 
 
 class Node:
@@ -75,6 +93,8 @@ class Node:
         listener: NodeListener | None = None,
         *,
         abort: Callable[[], None] = lambda: os._exit(70),
+        sharing: Sharing = Sharing.ON,
+        tokenizer: str = "",
     ) -> None:
         self.config = config
         self.format = kv_format
@@ -86,13 +106,20 @@ class Node:
         self._directory: DirectoryClient | None = None
         self._connected = self._ever_connected = False
         self._background = ThreadPoolExecutor(4, thread_name_prefix="connect")
-        self._fetches = self._fetched_chunks = self._fetched_bytes = 0
+        self._fetches = self._fetched_chunks = self._fetched_bytes = self._active_fetches = 0
         self._fetch_seconds = 0.0
         self._misses: dict[str, int] = {}
         self._admin: socket.socket | None = None
         self._closing = threading.Event()
+        # As the node before this one had been told. A drain that it was in the middle of has failed with it.
+        self.sharing = Sharing.ON if sharing is Sharing.DRAINING else sharing
+        self.tokenizer = tokenizer
+        """Folder of the model's tokenizer; empty when nobody knows."""
+        self.control = Control()
+        self.operations = NodeOperations(self, self._listener)
         self.replica = Replica()
         self.inventory = Inventory(pool, ledger, self._inventory_changed)
+        self.inventory.accepting = self.sharing is Sharing.ON
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
         self.peers = Peers(kv_format, self._transports.make, self._background)
         self.fetcher = Fetcher(
@@ -141,7 +168,7 @@ class Node:
         self.server.start()
         threading.Thread(target=self._prefault, name="prefault", daemon=True).start()
         self.inventory.republish()
-        if self.config.directory == "controller":
+        if self.config.directory == "controller" and self.sharing is not Sharing.LEFT:
             assert self.config.controller_pull_url is not None
             assert self.config.controller_reply_url is not None
             self._directory = ControllerClient(
@@ -198,7 +225,11 @@ class Node:
 
     async def fetch(self, request_id: str, keys: Sequence[bytes], slots: Sequence[int], timeout_s: float) -> JobResult:
         """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
-        result = await self.fetcher.fetch(make_items(keys, slots), timeout_s)
+        self._active_fetches += 1
+        try:
+            result = await self.fetcher.fetch(make_items(keys, slots), timeout_s)
+        finally:
+            self._active_fetches -= 1
         fetched = result.fetched()
         for outcome in fetched:
             if outcome.checksum is not None:
@@ -241,6 +272,32 @@ class Node:
                 )
             )
         return result
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    def set_sharing(self, sharing: Sharing) -> None:
+        """Take part in less, or in everything again. Returns at once; the directory and the engine hear of it."""
+        if sharing is self.sharing:
+            return
+        log.info("sharing changes from=%s to=%s", self.sharing.value, sharing.value)
+        self.sharing = sharing
+        self.inventory.accepting = sharing is Sharing.ON
+        if sharing in (Sharing.DRAINED, Sharing.LEFT):
+            self.inventory.withdraw()
+        if sharing is Sharing.ON:
+            self.inventory.republish()
+        self._listener.on_visible_reset(self.visible_keys())
+        self._tell_directory()
+
+    def leave(self) -> None:
+        """Be a member of the cluster no longer."""
+        self.set_sharing(Sharing.LEFT)
+        if self._directory is not None:
+            self._directory.leave()
+
+    def visible_keys(self) -> list[ChunkKey]:
+        """What the engine may fetch now."""
+        return list(self.replica.keys()) if self.sharing is Sharing.ON else []
 
     # -- DirectoryListener ---------------------------------------------------------------------------------------------
 
@@ -295,6 +352,9 @@ class Node:
     def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
         return self.inventory.take_changes(limit)
 
+    def on_ask(self, ask: Ask, answer: Callable[[Answer], None]) -> None:
+        self.control.take(ask, answer)
+
     def statistics(self) -> NodeStatistics:
         served = self.server.statistics()
         return NodeStatistics(
@@ -307,6 +367,10 @@ class Node:
             served_chunks=served.served_chunks,
             served_bytes=served.served_bytes,
             misses=dict(self._misses),
+            sharing=self.sharing.value,
+            pinned_chunks=self.operations.pinned_chunks,
+            active_fetches=self._active_fetches,
+            active_serves=served.connections,
         )
 
     def _prefault(self) -> None:
@@ -331,12 +395,14 @@ class Node:
             self._directory.changes_pending()
 
     def _applied(self, applied: Applied) -> bool:
-        if applied.appeared or applied.vanished:
+        if self.sharing is Sharing.ON and (applied.appeared or applied.vanished):
             self._listener.on_visible(applied.appeared, applied.vanished)
         return not applied.gap
 
     def _tell_directory(self) -> None:
-        self._listener.on_directory(DirectoryState(self._connected, self._ever_connected, len(self.peers)))
+        self._listener.on_directory(
+            DirectoryState(self._connected, self._ever_connected, len(self.peers), self.sharing)
+        )
 
 
 async def _for_ever() -> None:

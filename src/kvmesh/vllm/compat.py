@@ -49,12 +49,15 @@ try:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequestType
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.kv_offload.base import (
         CanonicalKVCaches,
         GPULoadStoreSpec,
         LookupResult,
         OffloadingCounterMetadata,
+        OffloadingEvent,
         OffloadingGaugeMetadata,
         OffloadingHistogramMetadata,
         OffloadingManager,
@@ -64,6 +67,7 @@ try:
         ReqContext,
         RequestOffloadingContext,
         TransferResult,
+        make_offload_key,
     )
     from vllm.v1.kv_offload.config import OffloadingConfig
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
@@ -71,8 +75,10 @@ try:
     from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
     from vllm.v1.kv_offload.cpu.policies.lru import LRUCachePolicy
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
-    from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+    from vllm.v1.kv_offload.tiering.base import JobResult, ParentManager, SecondaryTierManager, TransferJob
+    from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
     from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+    from vllm.v1.request import Request
 except ImportError as error:
     raise VersionError(
         "vLLM",
@@ -95,6 +101,7 @@ __all__ = [
     "CachePolicy",
     "CanonicalKVCaches",
     "ChunkStatus",
+    "EngineCoreRequestType",
     "GPULoadStoreSpec",
     "JobResult",
     "KVCacheConfig",
@@ -108,15 +115,20 @@ __all__ = [
     "OffloadingConnector",
     "OffloadingConnectorStats",
     "OffloadingCounterMetadata",
+    "OffloadingEvent",
     "OffloadingGaugeMetadata",
     "OffloadingHistogramMetadata",
     "OffloadingManager",
     "OffloadingMetricMetadata",
     "OffloadingWorker",
+    "ParentManager",
     "ReqContext",
+    "Request",
     "RequestOffloadingContext",
+    "SamplingParams",
     "SecondaryTierManager",
     "SharedOffloadRegion",
+    "TieringOffloadingManager",
     "TieringOffloadingSpec",
     "TransferJob",
     "TransferResult",
@@ -124,4 +136,5 @@ __all__ = [
     "current_platform",
     "init_logger",
     "installed_version",
+    "make_offload_key",
 ]

@@ -33,6 +33,8 @@ class ModelFacts(TypedDict):
     model_dtype: str
     hash_algorithm: str
     hash_seed: str
+    tokenizer: str
+    """Folder with a tokenizer.json; empty when there is none on this host. No part of the format."""
 
 
 def model_facts(vllm_config: VllmConfig) -> ModelFacts:
@@ -47,7 +49,15 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
         hash_algorithm=algorithm,
         # With PYTHONHASHSEED set, vLLM seeds the first block hash with it; without, the seed is fixed.
         hash_seed=os.environ.get("PYTHONHASHSEED", ""),
+        tokenizer=_tokenizer_folder(vllm_config),
     )
+
+
+def _tokenizer_folder(vllm_config: VllmConfig) -> str:
+    model = vllm_config.model_config
+    name = getattr(model, "tokenizer", None) or model.model
+    folder = _model_folder(str(name), getattr(model, "tokenizer_revision", None))
+    return str(folder) if folder is not None and (folder / "tokenizer.json").is_file() else ""
 
 
 def make_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int) -> Format:

@@ -6,7 +6,9 @@ reused: every way out of a policy (evict, remove, clear) passes here, on the sch
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import Any
 
 from kvmesh.core.ledger import SlotLedger
@@ -42,6 +44,22 @@ class _Publishing(CachePolicy):
             self._retract(chunk.chunk_id for _, chunk in evicted)
         return evicted
 
+    def all_keys(self) -> list[bytes]:
+        """Every key with a slot."""
+        raise NotImplementedError
+
+    def most_recent(self, limit: int) -> list[bytes]:
+        """Keys of complete chunks, most recently used first."""
+        raise NotImplementedError
+
+    def remove_all(self, keys: list[OffloadKey]) -> list[ChunkStatus]:
+        """As `remove` for each, but told in one go; returns their slots. All of them are here."""
+        chunks: list[ChunkStatus] = [self.get(key) for key in keys]
+        self._retract(chunk.chunk_id for chunk in chunks)
+        for key in keys:
+            super().remove(key)
+        return chunks
+
     def clear(self) -> None:
         if self._ledger is not None and self._on_retract is not None:
             self._on_retract(self._ledger.retract_all())
@@ -61,9 +79,24 @@ class _Publishing(CachePolicy):
 class KVMeshLRU(_Publishing, LRUCachePolicy):
     """vLLM's least-recently-used policy, telling the ledger."""
 
+    def all_keys(self) -> list[bytes]:
+        return list(self.chunks)
+
+    def most_recent(self, limit: int) -> list[bytes]:
+        ready = (key for key, chunk in self.chunks.items() if chunk.is_ready)
+        return heapq.nlargest(limit, ready, key=self._ranks.__getitem__)
+
 
 class KVMeshARC(_Publishing, ARCCachePolicy):
     """vLLM's adaptive replacement cache, telling the ledger."""
+
+    def all_keys(self) -> list[bytes]:
+        return [*self.t1, *self.t2]
+
+    def most_recent(self, limit: int) -> list[bytes]:
+        """Those used more than once come first."""
+        newest_first = chain(reversed(self.t2.items()), reversed(self.t1.items()))
+        return list(islice((key for key, chunk in newest_first if chunk.is_ready), limit))
 
 
 POLICIES = {"lru": KVMeshLRU.__name__, "arc": KVMeshARC.__name__}

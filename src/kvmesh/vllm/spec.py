@@ -38,6 +38,7 @@ class KVMeshSpec(TieringOffloadingSpec):
             for tier in manager.secondary_tiers:
                 if isinstance(tier, PeerTier) and isinstance(policy, _Publishing):
                     policy.attach(tier.ledger, tier.on_retract)
+                    tier.attach(manager, policy)
         return manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

@@ -20,6 +20,7 @@ from typing import Any
 from kvmesh.core.keys import group_of
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
+from kvmesh.node.engine_commands import EngineCommands
 from kvmesh.node.handle import FinishedJob, NodeHandle
 from kvmesh.vllm import fingerprint
 from kvmesh.vllm.compat import (
@@ -29,15 +30,21 @@ from kvmesh.vllm.compat import (
     OffloadingConnectorStats,
     OffloadingMetricMetadata,
     OffloadKey,
+    ParentManager,
     ReqContext,
     RequestOffloadingContext,
     SecondaryTierManager,
+    TieringOffloadingManager,
     TransferJob,
     init_logger,
 )
 from kvmesh.vllm.connector import FACTS_KEY, tier_config
+from kvmesh.vllm.engine import engine_under_construction
+from kvmesh.vllm.operated_pool import VllmPool, WarmState
+from kvmesh.vllm.policy import _Publishing
 from kvmesh.vllm.pool_files import find_segments
 from kvmesh.vllm.tier_metrics import TierMetrics, metric_definitions
+from kvmesh.wire.operations import Sharing
 
 logger = init_logger("vllm.kvmesh.tier")
 
@@ -95,6 +102,11 @@ class PeerTier(SecondaryTierManager):
             find_segments(address, slots * chunk_bytes),
             log_level=config.log_level,
         )
+        self._node.tokenizer = offloading_spec.extra_config[FACTS_KEY].get("tokenizer", "")
+        engine = engine_under_construction()
+        self._commands = EngineCommands(
+            self._node, make_keys=engine.key_maker(offloading_spec.config), wake=engine.wake
+        )
         self._loads: dict[int, TransferJob] = {}
         self._stored: list[JobResult] = []
         self._failed_until_s: dict[OffloadKey, float] = {}
@@ -123,6 +135,16 @@ class PeerTier(SecondaryTierManager):
         """The policy has taken slots back; the ledger says so already."""
         self._node.retract(slots)
 
+    def attach(self, manager: TieringOffloadingManager, policy: _Publishing) -> None:
+        """The pool is complete: from now on operators may have something done to it."""
+        pool = VllmPool(manager, policy, self._chunk_bytes)
+        self._commands.attach(pool, pin_max_share=self._config.pin_max_share)
+
+    def serve_external_requests(self, parent: ParentManager) -> None:
+        """Carry out what operators want: the one moment of a step at which no request relies on a lookup."""
+        del parent
+        self._commands.step()
+
     # -- SecondaryTierManager: lookups ---------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
@@ -133,7 +155,11 @@ class PeerTier(SecondaryTierManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         request = self._request(req_context)
         reason = self._miss_reason(key, request, req_context)
-        if key not in request.counted:
+        warm = req_context.get_state(WarmState)
+        if warm is not None:  # an operator's doing: no request has missed anything
+            if reason is not None:
+                warm.reasons[key] = reason
+        elif key not in request.counted:
             request.counted.add(key)
             self._metrics.looked_up(reason)
         return LookupResult.HIT if reason is None else LookupResult.MISS
@@ -145,6 +171,8 @@ class PeerTier(SecondaryTierManager):
             return self._why_invisible()
         if self._held:
             return MissReason.DRAINING
+        if req_context.get_state(WarmState) is not None:
+            return None
         if key in request.failed or self._failed_recently(key):
             return MissReason.RECENTLY_FAILED
         if request.worthwhile is None:
@@ -155,6 +183,8 @@ class PeerTier(SecondaryTierManager):
         state = self._node.state
         if not state.alive:
             return MissReason.NODE_DOWN
+        if state.sharing is not Sharing.ON:
+            return MissReason.DRAINING
         if not state.directory_ever_connected:
             return MissReason.NO_DIRECTORY
         return MissReason.NOT_PUBLISHED if state.peers else MissReason.NO_PEERS
@@ -212,6 +242,7 @@ class PeerTier(SecondaryTierManager):
         self._stored.append(JobResult(job_metadata.job_id, True, transfer_time=0.0, transfer_bytes=0))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
+        self._commands.expire_pins()  # vLLM asks for this before it evicts
         results, self._stored = self._stored, []
         for finished in self._node.take_finished():
             job = self._loads.pop(finished.job_id, None)
@@ -220,7 +251,7 @@ class PeerTier(SecondaryTierManager):
         return results
 
     def has_pending_work(self) -> bool:
-        return self._node.has_jobs()
+        return self._node.has_jobs() or self._commands.has_work()
 
     def drain_jobs(self) -> None:
         """Called before vLLM throws the pool away. From then on nothing is fetched until a new chunk has been stored.
@@ -229,6 +260,7 @@ class PeerTier(SecondaryTierManager):
         that the workers have been flushed since.
         """
         self._held = True
+        self._commands.forget()
         self._node.drain()
 
     def shutdown(self) -> None:
@@ -250,6 +282,10 @@ class PeerTier(SecondaryTierManager):
         self._remember_failed(
             job.req_context, [keys[i] for i, reason in enumerate(finished.reasons) if reason is not None]
         )
+        warm = job.req_context.get_state(WarmState)
+        if warm is not None:
+            failed = zip(keys, finished.reasons, strict=True)
+            warm.reasons.update({key: reason for key, reason in failed if reason is not None})
         self._metrics.fetched(finished)
         self._log(job, finished, len(good))
         return JobResult(

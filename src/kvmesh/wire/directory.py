@@ -22,6 +22,8 @@ Life of a node
      |-- Heartbeat ------------------------->|
      |<-------------------- HeartbeatAck ----|  known=False: the controller was restarted; register again
      |<------- MemberUp / MemberDown --------|
+     |<------------------ Ask(question) -----|  any time: see `kvmesh.wire.control`
+     |-- Answer(reply) --------------------->|
      |-- Leave ----------------------------->|
 
 Sequence numbers. Each publisher numbers its Changes 1, 2, 3 ... A Snapshot with number n is its inventory after Changes
@@ -64,6 +66,7 @@ MAX_KEYS_PER_MESSAGE = 20_000
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}", max_length=16)]
+AskId = Incarnation
 Key = Annotated[bytes, Meta(min_length=8, max_length=40)]
 Keys = Annotated[list[Key], Meta(max_length=MAX_KEYS_PER_MESSAGE)]
 MAX_REQUEST_BYTES = 256 * 1024
@@ -118,6 +121,13 @@ class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     served_bytes: Count = 0
     misses: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
     """Chunks asked for and not fetched, by reason."""
+    sharing: Name = "on"
+    """`kvmesh.wire.operations.Sharing`."""
+    pinned_chunks: Count = 0
+    active_fetches: Count = 0
+    """Fetch jobs that run now."""
+    active_serves: Count = 0
+    """Connections of other nodes that are open now."""
 
 
 # -- node to controller ------------------------------------------------------------------------------------------------
@@ -167,6 +177,24 @@ class FetchReport(Message, frozen=True, kw_only=True):
     misses: Annotated[dict[Name, Count], Meta(max_length=64)]
     corrupt: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
     """Chunks whose bytes did not have their checksum, by the instance that delivered them."""
+
+
+class AskError(msgspec.Struct, frozen=True):
+    """Why a node does not answer a question (`kvmesh.wire.control.ControlError`)."""
+
+    code: Name
+    text: Annotated[str, Meta(max_length=4096)]
+
+
+class Answer(Message, frozen=True):
+    """The answer to one Ask; see `kvmesh.wire.control`."""
+
+    instance_id: Name
+    incarnation: Incarnation
+    ask_id: AskId
+    reply: Annotated[bytes, Meta(max_length=MAX_REQUEST_BYTES)]
+    """Empty with an error."""
+    error: AskError | None = None
 
 
 # -- both ways ---------------------------------------------------------------------------------------------------------
@@ -236,11 +264,21 @@ class Resync(Message, frozen=True):
     incarnation: Incarnation
 
 
-Request = Register | Heartbeat | SnapshotRequest | Leave
+class Ask(Message, frozen=True):
+    """A question to this very node; see `kvmesh.wire.control`. Not counted in Heartbeat.received_bytes."""
+
+    instance_id: Name
+    incarnation: Incarnation
+    ask_id: AskId
+    question: Annotated[bytes, Meta(max_length=2**20)]
+    timeout_s: Seconds
+
+
+Request = Register | Heartbeat | SnapshotRequest | Leave | Answer
 """Up the reply and heartbeat sockets."""
 Event = Changes | Snapshot | FetchReport
 """Up the pull socket."""
-Notice = Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Snapshot
+Notice = Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Snapshot | Ask
 """Down the reply and heartbeat sockets."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,6 +13,10 @@ each. The node inherits the descriptors of the ledger and the pool by number.
      |-- GiveUp ---------------------------->|  end all jobs at once (the pool is being reset)
      |<------------ Visible(keys) -----------|  the node's replica, as a set of keys that somebody else holds
      |<------------ Directory(state) --------|
+     |<------------ Operate(id, command) ----|  an operator wants something done to the pool (`kvmesh.wire.operations`)
+     |-- Operated(id, report) -------------->|  again and again, until the report's state is final
+     |<------------ MakeKeys(tokens) --------|
+     |-- KeysMade(keys) -------------------->|
 
 Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the
 jobs that were out have failed once the process is known to be dead.
@@ -28,6 +32,7 @@ from msgspec import Meta
 from kvmesh.core.format import Format
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.reasons import MissReason
+from kvmesh.wire.operations import AnyCommand, OperationId, Report, Sharing
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 Slots = list[Annotated[int, Meta(ge=0, lt=1 << 32)]]
@@ -62,6 +67,11 @@ class Start(Message, frozen=True):
     once.
     """
 
+    sharing: Sharing = Sharing.ON
+    """What the node before this one had been told."""
+    tokenizer: str = ""
+    """Folder of the model's tokenizer, if it has one on this host."""
+
 
 class Publish(Message, frozen=True):
     slots: Slots
@@ -84,6 +94,19 @@ class Fetch(Message, frozen=True):
 
 class GiveUp(Message, frozen=True):
     pass
+
+
+class Operated(Message, frozen=True):
+    operation_id: OperationId
+    report: Report
+
+
+class KeysMade(Message, frozen=True):
+    """Answers MakeKeys; with `error` there are no keys."""
+
+    number: Count
+    keys: Keys
+    error: str = ""
 
 
 class Ready(Message, frozen=True):
@@ -123,10 +146,25 @@ class Directory(Message, frozen=True):
     ever_connected: bool
     peers: Count
     """Other instances with our format."""
+    sharing: Sharing = Sharing.ON
 
 
-ToNode = Start | Publish | Retract | Fetch | GiveUp
-ToEngine = Ready | Failed | FetchDone | Visible | Directory
+class Operate(Message, frozen=True):
+    operation_id: OperationId
+    command: AnyCommand
+    timeout_s: Seconds
+
+
+class MakeKeys(Message, frozen=True):
+    """Under which keys would the chunks of this prompt be published?"""
+
+    number: Count
+    tokens: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 32)]], Meta(max_length=2_000_000)]
+    cache_salt: str | None
+
+
+ToNode = Start | Publish | Retract | Fetch | GiveUp | Operated | KeysMade
+ToEngine = Ready | Failed | FetchDone | Visible | Directory | Operate | MakeKeys
 
 _encoder = msgspec.msgpack.Encoder()
 to_node_decoder = msgspec.msgpack.Decoder(ToNode)

@@ -9,7 +9,8 @@ from zmq.utils import z85
 
 from kvmesh.config import make_controller_config
 from kvmesh.controller.admission import answer_zap
-from kvmesh.controller.api import ApiError, Context, require_token
+from kvmesh.controller.api import Context
+from kvmesh.controller.errors import ApiError, require_token
 from kvmesh.controller.feed import Feed
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import open_sockets

@@ -95,6 +95,7 @@ def test_facts_of_a_local_folder(model, monkeypatch):
         "model_dtype": "float32",
         "hash_algorithm": "sha256",
         "hash_seed": "7",
+        "tokenizer": "",
     }
 
 

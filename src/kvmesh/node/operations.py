@@ -1,0 +1,140 @@
+"""What the controller can have done here, and how far it is. Lives on the node's event loop.
+
+The node does at once what is its own (it stops announcing what is to be cleared) and hands the rest to its engine,
+which owns the pool and gets to it at its next step. What the engine reports is kept for the controller to ask for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvmesh.core.keys import ChunkKey
+from kvmesh.node.tokens import tokenize
+from kvmesh.wire import control
+from kvmesh.wire.control import ControlError
+from kvmesh.wire.operations import MAX_HOT, ClearChunks, Report, RunState, Sharing
+
+if TYPE_CHECKING:
+    from kvmesh.node.process import Node, NodeListener
+
+log = logging.getLogger("kvmesh.operations")
+
+MAX_KEPT = 256
+"""Commands that are remembered; the oldest that have ended go first."""
+GRACE_S = 1.0
+"""So long after a command's time is up the engine may still say how it ended."""
+LEAVE_DELAY_S = 0.1
+"""The answer goes first."""
+WAITING = "waiting for the engine's next step"
+
+
+class _Entry:
+    def __init__(self, give_up_s: float) -> None:
+        self.give_up_s = give_up_s
+        self.report = Report(state=RunState.PENDING, text=WAITING)
+        self.ended = asyncio.Event()
+
+
+class NodeOperations:
+    """Answers the questions that have to do with operations."""
+
+    def __init__(self, node: Node, listener: NodeListener) -> None:
+        self._node = node
+        self._listener = listener
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self.pinned_chunks = 0
+        """As the engine last said."""
+        node.control.add(control.StartOperation, self._start)
+        node.control.add(control.TellOperation, self._tell)
+        node.control.add(control.ChangeSharing, self._change_sharing)
+        node.control.add(control.MakeKeys, self._make_keys)
+        node.control.add(control.Inspect, self._inspect)
+
+    def reported(self, operation_id: str, report: Report) -> None:
+        """The engine says how far a command is."""
+        entry = self._entries.get(operation_id)
+        self.pinned_chunks = report.pinned_chunks
+        if entry is None or entry.report.state.is_final:
+            return
+        entry.report = report
+        if report.state.is_final:
+            entry.ended.set()
+
+    async def _start(self, question: control.StartOperation) -> control.Told:
+        known = self._entries.get(question.operation_id)
+        if known is not None:
+            return control.Told(report=self._current(known))
+        self._make_room()
+        entry = _Entry(time.monotonic() + question.timeout_s)
+        if not self._listener.operate(question.operation_id, question.command, question.timeout_s):
+            raise ControlError("no_engine", "this node has no engine, so nobody can change its pool")
+        if isinstance(question.command, ClearChunks):
+            keys = question.command.keys
+            self._node.inventory.withdraw(None if keys is None else [ChunkKey(key) for key in keys])
+        self._entries[question.operation_id] = entry
+        log.info("operation id=%s command=%s", question.operation_id, type(question.command).__name__)
+        return control.Told(report=entry.report)
+
+    def _make_room(self) -> None:
+        while len(self._entries) >= MAX_KEPT:
+            ended = next((name for name, entry in self._entries.items() if entry.report.state.is_final), None)
+            if ended is None:
+                raise ControlError("busy", f"{len(self._entries)} operations are under way here: try again later")
+            del self._entries[ended]
+
+    async def _tell(self, question: control.TellOperation) -> control.Told:
+        entry = self._entries.get(question.operation_id)
+        if entry is None:
+            raise ControlError("unknown_operation", "this node knows of no such operation: was it started anew?")
+        left_s = entry.give_up_s + GRACE_S - time.monotonic()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(entry.ended.wait(), max(0.0, min(question.wait_s, left_s)))
+        return control.Told(report=self._current(entry))
+
+    def _current(self, entry: _Entry) -> Report:
+        """Its last report; past its time, one that says so: the engine may never take a step again."""
+        if not entry.report.state.is_final and time.monotonic() > entry.give_up_s + GRACE_S:
+            text = f"the engine did not finish in time; it was last {entry.report.state.value}"
+            state = RunState.PARTLY if entry.report.chunks_done else RunState.FAILED
+            entry.report = msgspec.structs.replace(entry.report, state=state, text=text)
+            entry.ended.set()
+        return entry.report
+
+    async def _change_sharing(self, question: control.ChangeSharing) -> control.SharingIs:
+        if self._node.sharing is Sharing.LEFT:
+            raise ControlError("left", "this instance has left; it comes back when its engine is started anew")
+        if question.sharing is Sharing.LEFT:
+            self._node.set_sharing(Sharing.DRAINED)
+            asyncio.get_running_loop().call_later(LEAVE_DELAY_S, self._node.leave)
+        else:
+            self._node.set_sharing(question.sharing)
+        return control.SharingIs(sharing=question.sharing, published_chunks=len(self._node.inventory))
+
+    async def _make_keys(self, question: control.MakeKeys) -> control.KeysAre:
+        if (question.text is None) == (question.tokens is None):
+            raise ControlError("bad_question", "either text or tokens")
+        tokens = question.tokens
+        if tokens is None:
+            assert question.text is not None
+            tokens = await tokenize(self._node.tokenizer, question.text)
+        keys = await self._listener.make_keys(tokens, question.cache_salt)
+        if len(keys) > MAX_HOT:
+            raise ControlError("too_many_keys", f"the prompt has {len(keys)} chunks; at most {MAX_HOT} can be told")
+        return control.KeysAre(keys=keys, tokens=len(tokens))
+
+    async def _inspect(self, question: control.Inspect) -> control.Inspected:
+        chunks: list[control.InspectedChunk | None] = []
+        for key in question.keys:
+            found = self._node.inventory.locate(key)
+            if found is None:
+                chunks.append(None)
+                continue
+            chunks.append(control.InspectedChunk(slot=found.slot, generation=found.generation, checksum=found.checksum))
+        return control.Inspected(chunks=chunks)
