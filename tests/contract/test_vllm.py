@@ -102,6 +102,10 @@ ATTRIBUTES = {
     "vllm.config": {"VllmConfig": "kv_transfer_config load_config model_config parallel_config cache_config"},
     "vllm.platforms.interface": {"Platform": "device_type is_cpu"},
     f"{CONNECTOR}.factory": {"KVConnectorFactory": "_registry"},
+    f"{CONNECTOR}.v1.offloading_connector": {"OffloadingConnector": "connector_scheduler"},
+    f"{CONNECTOR}.v1.offloading.scheduler": {"OffloadingConnectorScheduler": "manager"},
+    "vllm.v1.request": {"Request": "request_id num_prompt_tokens prompt_token_ids cache_salt lora_request mm_features"},
+    "vllm.lora.request": {"LoRARequest": "lora_name"},
     f"{CONNECTOR}.v1.base": {"KVConnectorRole": "SCHEDULER WORKER"},
     f"{OFFLOAD}.base": {
         "CanonicalKVCaches": "tensors group_data_refs",
@@ -140,7 +144,7 @@ HOOKS = {
     # our class: the class it extends, and the methods that vLLM is expected to call
     ("kvmesh.vllm.connector", "KVMeshConnector"): (
         (f"{CONNECTOR}.v1.offloading_connector", "OffloadingConnector"),
-        "build_prom_metrics get_required_kvcache_layout",
+        "build_prom_metrics get_required_kvcache_layout on_new_request get_num_new_matched_tokens",
     ),
     ("kvmesh.vllm.spec", "KVMeshSpec"): (
         (f"{OFFLOAD}.tiering.spec", "TieringOffloadingSpec"),
@@ -157,7 +161,7 @@ HOOKS = {
     ("kvmesh.vllm.tier", "PeerTier"): (
         (f"{OFFLOAD}.tiering.base", "SecondaryTierManager"),
         """lookup submit_load submit_store get_finished_jobs has_pending_work drain_jobs shutdown on_new_request
-        serve_external_requests build_metric_definitions get_stats""",
+        on_request_finished serve_external_requests build_metric_definitions get_stats""",
     ),
 }
 

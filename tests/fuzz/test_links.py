@@ -46,6 +46,14 @@ TO_NODE = [
         link.Retract([3]),
         link.Fetch(1, "r", [KEY], [0], 5.0),
         link.GiveUp(),
+        link.RequestRecord(
+            request_id="r",
+            prompt_tokens=600,
+            keys=[KEY, make_key("b")],
+            loaded_tokens=256,
+            misses=[link.Miss(make_key("b"), MissReason.NOT_PUBLISHED, {"why": "x"})],
+            tokens_hash=b"t" * 16,
+        ),
     )
 ]
 

@@ -14,7 +14,8 @@ from fuzz.effort import fuzz
 from fuzz.inputs import hostile
 from kvmesh.bench.stand_in import make_key, stand_in_format
 from kvmesh.core.reasons import MissReason
-from kvmesh.wire import control, directory, link, peer
+from kvmesh.wire import control, directory, explain, link, peer
+from kvmesh.wire.causes import make_cause
 from kvmesh.wire.framing import FrameBuffer, FrameError, pack_frame
 from unit.controller.makers import make_keys, make_member
 
@@ -41,6 +42,18 @@ DIRECTORY = [
             misses={"evicted": 1},
             corrupt={"b": 1},
         ),
+        directory.UseReport(
+            instance_id="a",
+            incarnation="0" * 16,
+            requests=1,
+            chunks=4,
+            device_chunks=0,
+            own_chunks=1,
+            peer_chunks=1,
+            new_alone=2.0,
+            threshold=2**63 - 1,
+            hashes=b"h" * 16,
+        ),
         directory.Changes(*WHO, 4, make_keys(3), make_keys(2)),
         directory.Snapshot(*WHO, 4, make_keys(3), first=True, last=False),
         directory.Registered("0" * 16, 1.0, 3.0, [make_member("b")], 1),
@@ -54,7 +67,74 @@ DIRECTORY = [
         directory.Answer(*WHO, "1" * 16, b"", directory.AskError("busy", "later")),
     )
 ]
-CONTROL = [control.encode_question(control.Ping()), control.encode_reply(control.Pong(version="1"))]
+FOUND = explain.Found(peer=3, nowhere=1)
+CAUSE = make_cause(MissReason.GATE_REFUSED, 1, 3, "b", {"fetch_s": 2.0, "prefill_s": 0.5})
+EXPLANATION = explain.Explanation(
+    request_id="cmpl-r-0",
+    instance_id="a",
+    incarnation="0" * 16,
+    age_s=1.0,
+    wait_s=0.1,
+    prompt_tokens=1030,
+    chunk_tokens=256,
+    chunks=4,
+    tail_tokens=6,
+    found=FOUND,
+    summary="s",
+    spans=[explain.Span(first_chunk=0, chunks=3, where="peer", instance_id="b")],
+    causes=[CAUSE],
+    fetches=[
+        explain.FetchPart(
+            holders=["b"], transport="tcp", chunks_asked=3, chunks_fetched=3, fetched_bytes=9, seconds=0.1
+        )
+    ],
+    peers=[explain.PeerSide(instance_id="b", breaker="closed")],
+)
+PROBE = control.Probe(tokens_hash=b"t" * 16, first_key=make_key("a"), missed_key=make_key("b"))
+CONTROL = [
+    *(
+        control.encode_question(question)
+        for question in (
+            control.Ping(),
+            control.ListRequests(limit=3),
+            control.ExplainRequest(request="r"),
+            control.WhyMissed(hours=1.0),
+            control.HaveSeen(probe=PROBE),
+        )
+    ),
+    *(
+        control.encode_reply(reply)
+        for reply in (
+            control.Pong(version="1"),
+            control.RequestList(
+                requests=[
+                    explain.RecentRequest(
+                        request_id="r",
+                        instance_id="a",
+                        age_s=1.0,
+                        prompt_tokens=9,
+                        chunks=0,
+                        found=FOUND,
+                        reason=MissReason.BELOW_ONE_CHUNK,
+                        summary="s",
+                    )
+                ]
+            ),
+            control.Explained(found=[control.ExplainedRequest(explanation=EXPLANATION, probe=PROBE)]),
+            control.Missed(
+                summary=explain.MissSummary(
+                    instance_id="a",
+                    seconds=9.0,
+                    requests=1,
+                    chunks=4,
+                    found=FOUND,
+                    misses=[explain.MissShare(reason=MissReason.STALE, chunks=1, requests=1)],
+                )
+            ),
+            control.Seen(salted=False, asked_s=0.5),
+        )
+    ),
+]
 LINK = [
     link.encode(message)
     for message in (
@@ -63,6 +143,15 @@ LINK = [
         link.Retract([3]),
         link.Fetch(1, "r", [make_key("a")], [0], 5.0),
         link.GiveUp(),
+        link.RequestRecord(
+            request_id="r",
+            prompt_tokens=600,
+            keys=[make_key("a"), make_key("b")],
+            loaded_tokens=256,
+            misses=[link.Miss(make_key("b"), MissReason.GATE_REFUSED, {"fetch_s": 2.0, "why": "slow"})],
+            separated_by=["cache_salt"],
+            tokens_hash=b"t" * 16,
+        ),
         link.Ready("a", "0" * 16, "127.0.0.1", 1, 2),
         link.Failed("no"),
         link.FetchDone(1, [None, MissReason.STALE], 4096, 0.1, ["b"]),

@@ -238,10 +238,11 @@ class Node:
             self.replica.member_up(notice.member.instance_id, notice.member.incarnation)
         elif isinstance(notice, wire.MemberDown):
             self.replica.member_down(notice.instance_id, notice.incarnation)
-        elif isinstance(notice, wire.Changes):
-            self.replica.apply_changes(
-                notice.instance_id, notice.incarnation, notice.sequence, notice.added, notice.removed
-            )
+        elif isinstance(notice, wire.Changes | wire.Batch):
+            for changes in [notice] if isinstance(notice, wire.Changes) else notice.changes:
+                self.replica.apply_changes(
+                    changes.instance_id, changes.incarnation, changes.sequence, changes.added, changes.removed
+                )
         elif isinstance(notice, wire.Snapshot):
             self.replica.apply_snapshot(
                 notice.instance_id, notice.incarnation, notice.sequence, notice.keys, notice.first, notice.last

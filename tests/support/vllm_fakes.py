@@ -78,6 +78,7 @@ class FakeNode:
         self.tokenizer = ""
         self.answers: list[link.Operated | link.KeysMade] = []
         self.finished: list[FinishedJob] = []
+        self.records: list[link.RequestRecord] = []
         self.started = self.closed = False
 
     def start(self) -> link.Ready:
@@ -98,6 +99,9 @@ class FakeNode:
 
     def retract(self, slots: list[int]) -> None:
         self.retracted += slots
+
+    def record(self, record: link.RequestRecord) -> None:
+        self.records.append(record)
 
     def fetch(self, job_id: int, request_id: str, keys: list[bytes], slots: list[int], timeout_s: float) -> None:
         self.fetches[job_id] = keys

@@ -22,6 +22,7 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import FinishedJob, NodeHandle
 from kvmesh.transfer.pool import HostPool
+from kvmesh.wire import link
 
 KEY_BYTES = 36
 
@@ -120,9 +121,11 @@ class StandInEngine:
         if slots:
             self.node.publish(slots, fetched=False)
 
-    def get(self, keys: Sequence[bytes], timeout_s: float = 5.0) -> Got:
+    def get(self, keys: Sequence[bytes], timeout_s: float = 5.0, request_id: str = "") -> Got:
         """Look `keys` up in the own pool, fetch what peers are known to hold, and check every byte of all of it."""
         started_s = time.monotonic()
+        self._job_id += 1
+        request_id = request_id or f"request-{self._job_id}"
         local = [key for key in keys if key in self._slots]
         for key in local:
             self._slots.move_to_end(key)
@@ -131,7 +134,7 @@ class StandInEngine:
         fetched, holders = 0, []
         wrong = sum(self.is_wrong(key) for key in local)
         if wanted:
-            finished, slots = self._fetch(wanted, timeout_s)
+            finished, slots = self._fetch(wanted, timeout_s, request_id)
             holders = finished.holders
             for key, slot, reason in zip(wanted, slots, finished.reasons, strict=True):
                 if reason is not None:
@@ -146,6 +149,7 @@ class StandInEngine:
             if good:
                 self.node.publish(good, fetched=True)
         misses = {reason: count for reason, count in misses.items() if count}
+        self._tell(keys, request_id)
         return Got(len(local), fetched, misses, wrong, time.monotonic() - started_s, holders)
 
     def get_all(self, keys: Sequence[bytes], timeout_s: float = 20.0) -> bool:
@@ -221,12 +225,30 @@ class StandInEngine:
         self.pool.close()
         self.ledger.close()
 
-    def _fetch(self, keys: Sequence[bytes], timeout_s: float) -> tuple[FinishedJob, list[int]]:
+    def _tell(self, keys: Sequence[bytes], request_id: str) -> None:
+        """Tell the node what became of the request, as an engine's connector does. Prefix order is that of `keys`."""
+        known = self._slots.keys()
+        found = next((index for index, key in enumerate(keys) if key not in known), len(keys))
+        misses = []
+        if found < len(keys):
+            missed = keys[found]
+            reason = MissReason.RECENTLY_FAILED if self.node.is_visible(missed) else self.node.state.why_invisible()
+            misses.append(link.Miss(missed, reason))
+        self.node.record(
+            link.RequestRecord(
+                request_id=request_id,
+                prompt_tokens=len(keys) * self.format.chunk_tokens,
+                keys=list(keys),
+                loaded_tokens=found * self.format.chunk_tokens,
+                misses=misses,
+            )
+        )
+
+    def _fetch(self, keys: Sequence[bytes], timeout_s: float, request_id: str) -> tuple[FinishedJob, list[int]]:
         slots = [self._allocate() for _ in keys]
         self._busy.update(slots)
-        self._job_id += 1
         job_id = self._job_id
-        self.node.fetch(job_id, f"request-{job_id}", list(keys), slots, timeout_s)
+        self.node.fetch(job_id, request_id, list(keys), slots, timeout_s)
         while job_id not in self._results:
             for finished in self.node.take_finished():
                 self._results[finished.job_id] = finished

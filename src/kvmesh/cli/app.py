@@ -291,6 +291,33 @@ def bench_idle(
     raise typer.Exit(run_idle(5.0 if quick else seconds, channel, as_json=as_json))
 
 
+@bench_app.command("controller")
+def bench_controller(
+    instances: Annotated[int, typer.Option(min=2, help="Simulated instances.")] = 1000,
+    chunks: Annotated[int, typer.Option(min=0, help="Chunks that each of them holds; all are different.")] = 3000,
+    formats: Annotated[int, typer.Option(min=1, help="Formats: each instance hears of those of its own.")] = 20,
+    events: Annotated[float, typer.Option(min=1, help="Publications and retractions per second, in all.")] = 5000.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the swarm.")] = 2,
+    pages: Annotated[int, typer.Option(min=0, help="Open web pages, where Playwright and Chromium are there.")] = 1,
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="40 instances, 100 chunks, 200 events/s, 3 seconds.")] = False,
+) -> None:
+    """A controller with many simulated instances: memory, CPU, how soon news are visible, how quick API and page are.
+
+    Each instance has real connections; an event is one message that publishes a chunk and retracts another.
+    The exit status is 1 when a member was lost on the way.
+    """
+    from kvmesh.bench.controller import ControllerPlan, run_controller_benchmark
+    from kvmesh.bench.swarm import SwarmPlan
+
+    if quick:
+        instances, chunks, formats, events, seconds, pages = 40, 100, 2, 200.0, 3.0, 0
+    swarm = SwarmPlan(instances=instances, chunks=chunks, formats=min(formats, instances), processes=processes)
+    plan = ControllerPlan(swarm, events, seconds, pages)
+    raise typer.Exit(run_controller_benchmark(plan, as_json=as_json))
+
+
 @bench_app.command("chaos")
 def bench_chaos(
     quick: Annotated[bool, typer.Option("--quick", help="The most telling cells, in less than two minutes.")] = False,

@@ -6,6 +6,8 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from kvmesh.controller.history import History
+from kvmesh.controller.traffic import Traffic
 from kvmesh.core.reasons import MissReason
 from kvmesh.wire.directory import FetchReport
 
@@ -34,6 +36,17 @@ class Totals(NamedTuple):
     fetch_seconds: float = 0.0
 
 
+class Saved(NamedTuple):
+    """Prefill that was not done again because others had done it."""
+
+    tokens: int = 0
+    """Of prompts' chunks that were fetched from other instances."""
+    timed_tokens: int = 0
+    """Those of them whose engine has told how fast it prefills."""
+    seconds: float = 0.0
+    """What their prefill would have taken."""
+
+
 class Activity:
     """Fetch reports as they come in."""
 
@@ -43,6 +56,21 @@ class Activity:
         self.totals = Totals()
         self.misses: Counter[str] = Counter()
         """Chunks asked for and not fetched, by reason."""
+        self.saved = Saved()
+        self.traffic = Traffic()
+        self.history = History(Totals._fields)
+        """What the totals grew by in each step of the last hour."""
+
+    def tick(self, now_s: float) -> None:
+        """Time passes. To be called about once a second."""
+        self.history.sample(now_s, *self.totals)
+
+    def save(self, tokens: int, prefill_tokens_per_s: float) -> None:
+        """An instance was spared the prefill of so many tokens; its rate is 0 when it is unknown."""
+        timed = tokens if prefill_tokens_per_s > 0 else 0
+        seconds = timed / prefill_tokens_per_s if timed else 0.0
+        before = self.saved
+        self.saved = Saved(before.tokens + tokens, before.timed_tokens + timed, before.seconds + seconds)
 
     def add(self, report: FetchReport, now_s: float) -> None:
         before = self.totals
@@ -55,6 +83,7 @@ class Activity:
         )
         self.recent.append(FetchRecord(self.totals.fetches, now_s, report))
         self.misses.update(known_reasons(report.misses))
+        self.traffic.add(report, now_s)
 
 
 def known_reasons(misses: Mapping[str, int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from zmq.utils import z85
 
 from kvmesh.controller.intake import Intake
 from kvmesh.controller.log import LogLimiter, log
+from kvmesh.controller.refusals import Refusals
 from kvmesh.controller.sockets import Sockets
 from kvmesh.wire.curve import ZAP_DOMAIN, CurveKeys, SocketEvent, parse_event
 
@@ -44,8 +45,10 @@ def answer_zap(frames: Sequence[bytes], keys: CurveKeys) -> list[bytes]:
 class Admission:
     """Answers for the sockets that ZMQ asks about, and says who was turned away."""
 
-    def __init__(self, sockets: Sockets, clock: Callable[[], float]) -> None:
+    def __init__(self, sockets: Sockets, clock: Callable[[], float], refusals: Refusals | None = None) -> None:
+        """`refusals` is where people will look for those who were turned away."""
         self._sockets = sockets
+        self._refusals = refusals or Refusals()
         self._clock = clock
         self._limiter = LogLimiter()
         self._addresses: dict[int, str] = {}
@@ -85,7 +88,9 @@ class Admission:
     def _refuse(self, name: str, address: str, failure: SocketEvent) -> None:
         self.refused[name] += 1
         reason = self._reason(failure)
-        suppressed = self._limiter.allow(f"{reason} {address.rpartition(':')[0]}", self._clock())
+        host = address.rpartition(":")[0] or address
+        self._refusals.add(host, f"It tried to connect to the {name} port, but {reason}", self._clock())
+        suppressed = self._limiter.allow(f"{reason} {host}", self._clock())
         if suppressed is None:
             return
         log(

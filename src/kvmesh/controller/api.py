@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from kvmesh import __version__
-from kvmesh.controller import views
+from kvmesh.controller import request_api, views
 from kvmesh.controller.api_operations import operations_router
 from kvmesh.controller.errors import ApiError
 from kvmesh.controller.feed import Feed
@@ -44,6 +44,7 @@ ENDPOINTS = (
     "DELETE /api/v1/operations/{operation_id}",
     "GET /api/v1/fetches",
     "GET /api/v1/totals",
+    *request_api.ENDPOINTS,
     "GET /openapi.json",
 )
 
@@ -174,6 +175,8 @@ def _version_1(context: Context) -> APIRouter:
     async def totals() -> views.TotalsView:
         """Sums over the cluster."""
         return views.totals_view(registry)
+
+    router.include_router(request_api.make_router(registry, context.feed.asks, clock))
 
     return router
 

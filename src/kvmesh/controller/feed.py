@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOT_PAUSE_S = 0.02
 """Requests for snapshots gather for so long, so that members that come together share one encoding."""
+FLUSH_PAUSE = 1.5
+"""After Changes were sent on, others follow no sooner than so many times what that took: sending them on never takes
+more than two fifths of the loop, and the more there is to send, the more goes into each frame.
+"""
 SHARED_FRAME_BYTES = 64 * 1024
 """From here on a frame is shared between the queues of its receivers; below, copying it is cheaper."""
 
@@ -62,9 +66,11 @@ class Feed:
             name: Intake(router, lambda frames, name=name: self._guard(name, frames))  # type: ignore[misc]
             for name, router in self._routers.items()
         }
-        self._admission = Admission(sockets, clock)
+        self._admission = Admission(sockets, clock, registry.refusals)
         self.asks = Asks(registry, self._send_ask)
-        self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames))
+        self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames), self._after_events)
+        self._flush_due_s = 0.0
+        self._flush_timer: asyncio.TimerHandle | None = None
         self._owed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._limiter = LogLimiter()
@@ -87,6 +93,8 @@ class Feed:
     async def stop(self) -> None:
         """End all tasks. The sockets stay open: they are their maker's to close."""
         self.asks.stop()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -149,6 +157,27 @@ class Feed:
         if isinstance(event, wire.Snapshot) and event.last:
             self._owed.set()
 
+    def _after_events(self) -> None:
+        """Send on what the members have told, now or when it is time."""
+        if self._flush_timer is not None or not self._registry.has_held():
+            return
+        wait_s = self._flush_due_s - self._clock()
+        if wait_s <= 0:
+            self._flush()
+        else:
+            self._flush_timer = asyncio.get_running_loop().call_later(wait_s, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_timer = None
+        started_s = self._clock()
+        try:
+            self.send(self._registry.flush(started_s), started_s)
+        except Exception as error:  # a bug of ours costs these changes, and members that miss them ask for snapshots
+            self._handler_errors += 1
+            self._complain("handler_error", "pull", [], error)
+        ended_s = self._clock()
+        self._flush_due_s = ended_s + FLUSH_PAUSE * (ended_s - started_s)
+
     def _complain(self, event: str, socket: str, frames: list[zmq.Frame], error: Exception) -> None:
         address = _address(frames)
         suppressed = self._limiter.allow(f"{event} {socket} {address}", self._clock())
@@ -176,7 +205,7 @@ class Feed:
         for send in sends:
             shared = len(send.frame) >= SHARED_FRAME_BYTES
             payload = zmq.Frame(send.frame, copy=False) if shared else send.frame
-            bulk = isinstance(send.message, (wire.Changes, wire.Snapshot))
+            bulk = isinstance(send.message, (wire.Changes, wire.Batch, wire.Snapshot))
             for peer in send.to:
                 touched.add(peer.socket)
                 # After a refused part the rest of a snapshot is of no use, even if there should be room again.

@@ -31,7 +31,7 @@ class Send(NamedTuple):
     frame: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class FormatGroup:
     """The members of one format and what they hold. Groups never meet in a lookup."""
 

@@ -16,8 +16,15 @@ BATCH_S = 0.01
 class Intake:
     """Takes what one socket receives, some at a time, and hands each message's frames to `handle`."""
 
-    def __init__(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        handle: Callable[[list[zmq.Frame]], None],
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`after` is called at the end of each turn; like `handle` it must not raise."""
         self._socket = socket
+        self._after = after
         self._handle = handle
         self._readable = asyncio.Event()
 
@@ -47,8 +54,10 @@ class Intake:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                self._after()
                 return True
             self._handle(frames)
             if time.monotonic() > until_s:
                 break
+        self._after()
         return False

@@ -41,6 +41,7 @@ class ControllerMetrics(Collector):
         yield _gauge("info", "Version of the controller.", 1, {"version": __version__})
         yield from self._members()
         yield from self._fetches()
+        yield from self._hit_rates()
         yield from self._registry_counters()
         yield from self._feed_counters()
 
@@ -83,6 +84,32 @@ class ControllerMetrics(Collector):
         for reason, chunks in activity.misses.items():
             misses.add_metric([reason], chunks)
         yield misses
+
+    def _hit_rates(self) -> Iterator[Metric]:
+        total = self._registry.hit_rates.cluster.total
+        yield _counter("requests", "Requests that members' engines have told of.", total.requests)
+        chunks = CounterMetricFamily(
+            _PREFIX + "prompt_chunks", "Whole chunks of prompts, by where they were found.", labels=["found"]
+        )
+        nowhere = max(0, total.chunks - total.device_chunks - total.own_chunks - total.peer_chunks)
+        for place, number in (
+            ("device", total.device_chunks),
+            ("own_pool", total.own_chunks),
+            ("peer", total.peer_chunks),
+            ("nowhere", nowhere),
+        ):
+            chunks.add_metric([place], number)
+        yield chunks
+        yield _counter("new_prompt_chunks", "Of these, chunks that nobody had asked for before.", total.new_chunks)
+        recent = self._registry.hit_rates.cluster.over(3600.0, self._clock())
+        for name, meaning, rate in (
+            ("hit_rate", "Share of the prompts' chunks found somewhere, in the last hour.", recent.achieved),
+            ("achievable_hit_rate", "The same with unlimited pools and perfect sharing.", recent.achievable),
+            ("achievable_alone_hit_rate", "The same with unlimited pools and no sharing.", recent.achievable_alone),
+        ):
+            if rate is not None:
+                yield _gauge(name, meaning, rate)
+        yield _gauge("sampled_keys", "Keys in the samples behind them.", self._registry.hit_rates.sampled_keys())
 
     def _registry_counters(self) -> Iterator[Metric]:
         counters = self._registry.counters

@@ -1,17 +1,13 @@
 """Who is a member, who holds what, and who is told: a state machine without I/O.
 
     request or event + now -> [Send, ...]        on_request, on_event
+    Changes that are held  -> [Send, ...]        flush
     time passes            -> [Send, ...]        tick
     a send failed          -> state              on_send_failed
     what is still owed     -> [Send, ...]        next_snapshot, until it returns nothing
 
-The protocol's rules stand in `kvmesh.wire.directory`. Three things keep all replicas right:
-
-- A member is owed a Snapshot of each publisher of its format (`_owed`). While it is, it gets none of that publisher's
-  Changes, so a sequence never starts in its middle. Being too slow for Changes means being owed a Snapshot, nothing
-  more.
-- A publisher's Snapshot goes out in one piece, between two of its Changes.
-- Whatever else fails to reach a member makes it lost: it is told to register again and gets everything anew.
+The protocol's rules stand in `kvmesh.wire.directory`; who gets whose inventory is the matter of `fanout`. Whatever else
+fails to reach a member makes it lost: it is told to register again and gets everything anew.
 
 Not thread-safe: one thread owns it. `now_s` is any clock that does not go back.
 """
@@ -20,13 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from enum import Enum
 from itertools import count
 
 from kvmesh.controller.activity import Activity
 from kvmesh.controller.downstream import Downstream
+from kvmesh.controller.fanout import RESYNC_INTERVALS, Fanout, address
 from kvmesh.controller.formats import IncompatibilityLog
+from kvmesh.controller.hit_rates import HitRates
 from kvmesh.controller.instances import (
     Counters,
     Departed,
@@ -38,16 +36,13 @@ from kvmesh.controller.instances import (
     State,
 )
 from kvmesh.controller.log import LogLimiter, log
+from kvmesh.controller.refusals import Refusals
 from kvmesh.wire import directory as wire
 
 logger = logging.getLogger(__name__)
 
 SILENT_INTERVALS = 1.5
 """So many heartbeat intervals without a word make a member suspect, and its id free for another."""
-RESYNC_INTERVALS = 2.5
-"""A number that is ahead may be in flight for so many heartbeat intervals; a Snapshot is not asked for more often."""
-SNAPSHOT_PART_KEYS = 5_000
-"""Keys per part that we send: 190 kB, so that a small message never waits long behind one."""
 MAX_INSTANCES = 20_000
 MAX_DEPARTED = 100
 DEPARTED_SHOWN_S = 600.0
@@ -78,9 +73,10 @@ class Registry:
         """Called with every member that goes, after it has gone."""
         self._by_peer: dict[Peer, Instance] = {}
         self.activity = Activity()
+        self.refusals = Refusals()
+        self.hit_rates = HitRates()
         self.counters = Counters()
-        self._owed: dict[str, set[str]] = {}
-        """Publisher to the members that are owed its Snapshot. Both are members of one group."""
+        self._fanout = Fanout(self.instances, self.groups, self.counters, RESYNC_INTERVALS * heartbeat_interval_s)
         self._registrations = count(1)
         self._warned = IncompatibilityLog()
         self._limiter = LogLimiter()
@@ -111,7 +107,7 @@ class Registry:
         if publisher is None or publisher.incarnation != request.incarnation or asking is None:
             return  # it has gone meanwhile, and the notice of that is on its way; or a stranger asks
         if asking is not publisher and asking.group is publisher.group:
-            self._owed[publisher.instance_id].add(asking.instance_id)
+            self._fanout.owe(publisher, asking.instance_id)
 
     def _register(self, request: wire.Register, peer: Peer, now_s: float) -> list[Send]:
         member = request.member
@@ -120,7 +116,7 @@ class Registry:
                 f"instance {member.instance_id} speaks directory protocol {request.protocol}, this controller "
                 f"{wire.PROTOCOL_VERSION}: run the same kvmesh version on both"
             )
-            return self._refuse("protocol_version", text, member, peer)
+            return self._refuse("protocol_version", text, member, peer, now_s)
         sends: list[Send] = []
         known = self.instances.get(member.instance_id)
         if known is not None and (known.incarnation != member.incarnation or known.member.format != member.format):
@@ -129,14 +125,14 @@ class Registry:
                     f"instance id {member.instance_id} is taken: an instance at {known.member.peer_address} has it and "
                     f"is alive, this one is at {member.peer_address}: give each instance an instance_id of its own"
                 )
-                return self._refuse("duplicate_instance", text, member, peer)
+                return self._refuse("duplicate_instance", text, member, peer, now_s)
             sends += self._remove(known, "replaced", now_s)
             known = None
         if self._by_peer.get(peer, known) is not known:
             text = f"this connection is that of instance {self._by_peer[peer].instance_id}: open one for each instance"
-            return self._refuse("connection_in_use", text, member, peer)
+            return self._refuse("connection_in_use", text, member, peer, now_s)
         if known is None and len(self.instances) >= MAX_INSTANCES:
-            return self._refuse("too_many_instances", f"the limit is {MAX_INSTANCES} instances", member, peer)
+            return self._refuse("too_many_instances", f"the limit is {MAX_INSTANCES} instances", member, peer, now_s)
         return sends + self._admit(known, member, peer, now_s)
 
     def _admit(self, known: Instance | None, member: wire.Member, peer: Peer, now_s: float) -> list[Send]:
@@ -151,9 +147,7 @@ class Registry:
         known.member, known.peer, known.downstream = member, peer, downstream
         known.last_contact_s = known.resynced_at_s = now_s
         known.upload_part_at_s = known.behind_since_s = None
-        for publisher in known.group.members:
-            if publisher != member.instance_id:
-                self._owed[publisher].add(member.instance_id)
+        self._fanout.owe_all(known)
         others = [other for other in self.instances.values() if other is not known]
         answer = wire.Registered(
             self.incarnation,
@@ -170,8 +164,7 @@ class Registry:
         group = self.groups.get(format_id)
         if group is None:
             group = self.groups[format_id] = FormatGroup(member.format, format_id)
-        # Everybody of the group waits for the newcomer's inventory before it gets a change of it.
-        self._owed[member.instance_id] = set(group.members)
+        self._fanout.add(member.instance_id, group)
         instance = Instance(member, group, peer, downstream, now_s, now_s, now_s)
         self.instances[member.instance_id] = group.members[member.instance_id] = instance
         group.replica.member_up(member.instance_id, member.incarnation)
@@ -197,8 +190,9 @@ class Registry:
         was_replaced = gone is not None and gone.reason == "replaced"
         return known.member.peer_address == member.peer_address and not was_replaced
 
-    def _refuse(self, code: str, text: str, member: wire.Member, peer: Peer) -> list[Send]:
+    def _refuse(self, code: str, text: str, member: wire.Member, peer: Peer, now_s: float) -> list[Send]:
         self.counters.refused += 1
+        self.refusals.add(f"{member.instance_id} at {member.peer_address}", text, now_s)
         log(logger, logging.WARNING, "refused", code=code, instance=member.instance_id, text=text)
         answer = wire.Refused(code, text)
         return [Send((peer,), answer, wire.encode(answer))]
@@ -269,6 +263,11 @@ class Registry:
             return self._changes(instance, event, frame, now_s)
         if isinstance(event, wire.Snapshot):
             return self._snapshot(instance, event, frame, now_s)
+        if isinstance(event, wire.UseReport):
+            usage = self.hit_rates.add(event, instance.group.format_id, now_s)
+            tokens = usage.peer_chunks * instance.group.format.chunk_tokens
+            self.activity.save(tokens, instance.statistics.prefill_tokens_per_s)
+            return []
         self.activity.add(event, now_s)
         self._note_corrupt(instance, event, now_s)
         return []
@@ -306,7 +305,7 @@ class Registry:
         if replica.sequence(instance.instance_id) == before:
             self.counters.stale += 1
             return []
-        return self._forward(instance, changes, frame, now_s)
+        return self._fanout.hold(instance, changes, frame, now_s)
 
     def _snapshot(self, instance: Instance, part: wire.Snapshot, frame: bytes, now_s: float) -> list[Send]:
         replica = instance.group.replica
@@ -321,55 +320,25 @@ class Registry:
             self.counters.stale += 1
             return []
         instance.upload_part_at_s = None if part.last else now_s
-        if part.first:
-            # Who waits for this inventory gets it from here on, straight from the publisher.
-            owed = self._owed[instance.instance_id]
-            owed -= {other for other in owed if self.instances[other].downstream.open(now_s)}
-        return self._forward(instance, part, frame, now_s)
+        return self._fanout.forward_part(instance, part, frame, now_s)
 
-    def _forward(
-        self, publisher: Instance, message: wire.Changes | wire.Snapshot, frame: bytes, now_s: float
-    ) -> list[Send]:
-        """The publisher's own frame to everybody of its format who follows it."""
-        owed = self._owed[publisher.instance_id]
-        to = []
-        for instance_id, other in publisher.group.members.items():
-            if other is publisher or instance_id in owed or other.downstream.lost:
-                continue
-            if not other.downstream.open(now_s):
-                owed.add(instance_id)
-                self.counters.held_back += 1
-                continue
-            other.downstream.sent_bytes += len(frame)
-            to.append(other.peer)
-        return [Send(tuple(to), message, frame)] if to else []
+    # -- what is held and owed -----------------------------------------------------------------------------------------
 
-    # -- what is owed --------------------------------------------------------------------------------------------------
+    def has_held(self) -> bool:
+        """Whether Changes wait for a flush."""
+        return self._fanout.has_held()
+
+    def flush(self, now_s: float) -> list[Send]:
+        """Send on the Changes that have come since the last flush."""
+        return self._fanout.flush(now_s)
 
     def snapshots_owed(self) -> int:
         """Pairs of publisher and receiver that wait for a Snapshot."""
-        return sum(map(len, self._owed.values()))
+        return self._fanout.snapshots_owed()
 
     def next_snapshot(self, now_s: float) -> list[Send]:
         """One publisher's whole inventory for all who are owed it and can take it; nothing when there is no such."""
-        for publisher_id, owed in self._owed.items():
-            if not owed:
-                continue
-            publisher = self.instances[publisher_id]
-            sequence = publisher.group.replica.sequence(publisher_id)
-            if sequence is None or self._uploading(publisher, now_s):
-                continue
-            ready = [self.instances[other] for other in owed if self.instances[other].downstream.open(now_s)]
-            if not ready:
-                continue
-            owed.difference_update(other.instance_id for other in ready)
-            self.counters.snapshots_sent += len(ready)
-            return [send for part in _parts(publisher, sequence) for send in self._broadcast(part, ready)]
-        return []
-
-    def _uploading(self, publisher: Instance, now_s: float) -> bool:
-        since_s = publisher.upload_part_at_s
-        return since_s is not None and now_s - since_s < RESYNC_INTERVALS * self.heartbeat_interval_s
+        return self._fanout.next_snapshot(now_s)
 
     def on_send_failed(self, peer: Peer, send: Send, failure: SendFailure, now_s: float) -> None:
         """A frame of ours could not be handed to this connection."""
@@ -380,13 +349,11 @@ class Registry:
         if isinstance(message, wire.Registered) and message.registration != downstream.registration:
             return
         downstream.sent_bytes = max(0, downstream.sent_bytes - len(send.frame))
-        if failure is SendFailure.GONE or not isinstance(message, (wire.Changes, wire.Snapshot)):
+        if failure is SendFailure.GONE or not isinstance(message, (wire.Changes, wire.Batch, wire.Snapshot)):
             downstream.lost = True
             return
         downstream.block(now_s)
-        publisher = self.instances.get(message.instance_id)
-        if publisher is not None and publisher.incarnation == message.incarnation:
-            self._owed[publisher.instance_id].add(instance.instance_id)
+        self._fanout.on_full(instance, message)
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -400,6 +367,7 @@ class Registry:
             log(logger, logging.WARNING, "controller_paused", seconds=elapsed_s)
             for instance in self.instances.values():
                 instance.last_contact_s = max(instance.last_contact_s, now_s - self.heartbeat_interval_s)
+        self.activity.tick(now_s)
         sends = []
         for instance in list(self.instances.values()):
             silence_s = now_s - instance.last_contact_s
@@ -434,8 +402,7 @@ class Registry:
                 assert instance.group is group
                 assert instance.member.format == group.format
                 assert group.replica.incarnation(instance_id) == instance.incarnation
-                assert self._owed[instance_id] <= set(group.members) - {instance_id}
-        assert set(self._owed) == set(self.instances)
+        self._fanout.check_integrity()
         assert {peer: instance.peer for peer, instance in self._by_peer.items()} == {
             instance.peer: instance.peer for instance in self.instances.values()
         }
@@ -456,10 +423,9 @@ class Registry:
         del self._by_peer[instance.peer]
         if not group.members:
             del self.groups[group.format_id]
-        del self._owed[instance_id]
-        for publisher in group.members:
-            self._owed[publisher].discard(instance_id)
+        self._fanout.remove(instance_id, group)
         self.departed[instance_id, instance.incarnation] = Departed(instance.member, reason, now_s)
+        self.hit_rates.forget(instance_id)
         for listener in self.on_removed:
             listener(instance, reason)
         return self._broadcast(wire.MemberDown(instance_id, instance.incarnation, reason), self.instances.values())
@@ -469,21 +435,4 @@ class Registry:
         reached = [instance for instance in receivers if not instance.downstream.lost]
         if not reached:
             return []
-        frame = wire.encode(notice)
-        for instance in reached:
-            instance.downstream.sent_bytes += len(frame)
-        return [Send(tuple(instance.peer for instance in reached), notice, frame)]
-
-
-def _parts(publisher: Instance, sequence: int) -> Iterator[wire.Snapshot]:
-    keys: list[bytes] = list(publisher.group.replica.keys_of(publisher.instance_id))
-    starts = range(0, len(keys), SNAPSHOT_PART_KEYS) or range(1)
-    for start in starts:
-        yield wire.Snapshot(
-            publisher.instance_id,
-            publisher.incarnation,
-            sequence,
-            keys[start : start + SNAPSHOT_PART_KEYS],
-            first=start == 0,
-            last=start == starts[-1],
-        )
+        return [address(notice, wire.encode(notice), reached)]

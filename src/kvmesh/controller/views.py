@@ -7,12 +7,13 @@ shared.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from pydantic import BaseModel, Field
 
 from kvmesh import __version__
 from kvmesh.controller.activity import FetchRecord
-from kvmesh.controller.formats import incompatible_with
+from kvmesh.controller.formats import incompatible_count, incompatible_with
 from kvmesh.controller.instances import Departed, FormatGroup, Incompatibility, Instance
 from kvmesh.controller.registry import Registry
 from kvmesh.core.format import FieldDifference, Format
@@ -219,8 +220,6 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
     """One member as it is at `now_s`."""
     member, replica = instance.member, instance.group.replica
     chunks = len(replica.keys_of(instance.instance_id))
-    incompatible = list(incompatible_with(instance, registry.groups))
-    incompatible.sort(key=lambda pair: not pair.same_model)
     statistics, rates = instance.statistics, instance.rates.rates()
     return InstanceView(
         instance_id=member.instance_id,
@@ -254,12 +253,12 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
             served_bytes=statistics.served_bytes,
             misses=dict(statistics.misses),
         ),
-        incompatible_count=len(incompatible),
+        incompatible_count=incompatible_count(instance, registry.groups),
         incompatible_with=[
             IncompatibleView(
                 instance_id=pair.theirs, same_model=pair.same_model, fields=_difference_views(pair.differences)
             )
-            for pair in incompatible[:MAX_INCOMPATIBLE_LISTED]
+            for pair in islice(incompatible_with(instance, registry.groups), MAX_INCOMPATIBLE_LISTED)
         ],
     )
 

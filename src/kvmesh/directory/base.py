@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvmesh.core.keys import ChunkKey
-from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot
+from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot, UseReport
 
 
 class DirectoryListener(Protocol):
@@ -33,6 +33,11 @@ class DirectoryListener(Protocol):
         """Up to `limit` added and removed keys that were not sent yet."""
 
     def statistics(self) -> NodeStatistics: ...
+
+    def take_use_report(self, *, whole: bool) -> UseReport | None:
+        """How lookups have gone since the last report; None when there is no news. `whole`: for a directory that may
+        know nothing of us yet.
+        """
 
     def on_ask(self, ask: Ask, answer: Callable[[Answer], None]) -> None:
         """A question to this node (`kvmesh.wire.control`). `answer` is called once, now or later, on this loop."""

@@ -82,7 +82,7 @@ class ControllerClient:
         self._refusal = ""
         self._limiter = LogLimiter()
         self._drop_timer: asyncio.TimerHandle | None = None
-        self.dropped_frames = 0
+        self.dropped_frames = self._dropped_at_report = 0
 
     def _socket(self, kind: int, url: str) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
@@ -147,6 +147,7 @@ class ControllerClient:
                     received_bytes=self._received_bytes,
                 )
                 self._send(self._beat, beat)
+                self._report_use(whole=False)
                 await asyncio.sleep(self._interval_s)
             else:
                 if not self._has_left:
@@ -230,8 +231,10 @@ class ControllerClient:
             case wire.Resync():
                 self._send_inventory()
             case wire.Changes():
-                if not listener.on_changes(notice):
-                    self._ask_snapshot(notice.instance_id, notice.incarnation)
+                self._apply(notice)
+            case wire.Batch():
+                for changes in notice.changes:
+                    self._apply(changes)
             case wire.Snapshot():
                 if not listener.on_snapshot(notice):
                     self._ask_snapshot(notice.instance_id, notice.incarnation)
@@ -243,6 +246,10 @@ class ControllerClient:
         if member is None or (ask.instance_id, ask.incarnation) != (member.instance_id, member.incarnation):
             return  # meant for another life of ours; whoever asked knows that it has ended
         self._listener.on_ask(ask, lambda answer: self._send(self._dealer, answer))
+
+    def _apply(self, changes: wire.Changes) -> None:
+        if not self._listener.on_changes(changes):
+            self._ask_snapshot(changes.instance_id, changes.incarnation)
 
     def _on_registered(self, notice: wire.Registered) -> None:
         assert self._member is not None
@@ -266,6 +273,7 @@ class ControllerClient:
         for member in notice.members:
             self._member_up(member)
         self._send_inventory()
+        self._report_use(whole=True)
 
     def _register_again(self) -> None:
         assert self._member is not None
@@ -298,6 +306,13 @@ class ControllerClient:
         """The restarted controller has had its time: who has not come back to it is gone."""
         for instance_id in list(self._unconfirmed):
             self._member_down(instance_id, "timeout")
+
+    def _report_use(self, *, whole: bool) -> None:
+        """A report that is lost leaves keys out of the sample for good, so after a loss the next one is whole."""
+        report = self._listener.take_use_report(whole=whole or self.dropped_frames > self._dropped_at_report)
+        if report is not None:
+            self._dropped_at_report = self.dropped_frames
+            self._send(self._push, report)
 
     def _send_inventory(self) -> None:
         assert self._member is not None

@@ -1,4 +1,6 @@
-"""The node's admin port: `/healthz` and `/metrics` over HTTP. Runs on the node's event loop."""
+"""The node's admin port: `/healthz`, `/metrics` and what `admin_requests` adds, over HTTP. Runs on the node's event
+loop.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvmesh.errors import StartupError
+from kvmesh.node import admin_requests
 
 if TYPE_CHECKING:
     from kvmesh.node.process import Node
@@ -50,6 +53,22 @@ class NodeCollector(Collector):
             ),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        total = self._node.requests.usage.total
+        yield CounterMetricFamily("kvmesh_node_requests", "Requests that the engine told of.", value=total.requests)
+        prompts = CounterMetricFamily(
+            "kvmesh_node_prompt_chunks", "Whole chunks of prompts, by where they were found.", labels=["found"]
+        )
+        nowhere = total.chunks - total.device_chunks - total.own_chunks - total.peer_chunks
+        for place, chunks in (
+            ("device", total.device_chunks),
+            ("own_pool", total.own_chunks),
+            ("peer", total.peer_chunks),
+            ("nowhere", nowhere),
+        ):
+            prompts.add_metric([place], chunks)
+        yield prompts
+        lost = self._node.requests.lost_records
+        yield CounterMetricFamily("kvmesh_node_lost_request_records", "Requests that were not told of.", value=lost)
         misses = CounterMetricFamily(
             "kvmesh_node_missed_chunks", "Chunks asked for that did not come.", labels=["reason"]
         )
@@ -88,7 +107,7 @@ def make_app(node: Node) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", metrics)])
+    return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", metrics), *admin_requests.routes(node)])
 
 
 def bind_admin(host: str, port: int) -> socket.socket:

@@ -125,6 +125,8 @@ class EngineLink(NodeListener):
                 self._node.operations.reported(message.operation_id, message.report)
             case link.KeysMade():
                 self._keys_made(message)
+            case link.RequestRecord():
+                self._node.requests.take(message)
             case link.GiveUp():
                 _start(self._give_up(self._node), self._others)
             case link.Start():

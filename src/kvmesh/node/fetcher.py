@@ -39,6 +39,8 @@ class JobResult(NamedTuple):
     seconds: float
     corrupt: dict[str, int]
     """Chunks that arrived with wrong bytes, by the instance that delivered them."""
+    asked: dict[int, str] = {}  # noqa: RUF012  (never changed)
+    """Whom a slot's chunk was last asked of."""
 
     def fetched(self) -> list[ChunkOutcome]:
         return [outcome for outcome in self.outcomes if outcome.reason is None]
@@ -91,6 +93,7 @@ class Fetcher:
         holders: dict[str, None] = {}
         excluded: set[str] = set()
         corrupt: dict[str, int] = {}
+        asked: dict[int, str] = {}
         wanted = list(items)
         for _ in range(ROUNDS):
             plan = self._plan(wanted, excluded)
@@ -105,6 +108,8 @@ class Fetcher:
             for run, outcomes in zip(plan.runs, results, strict=True):
                 for outcome in outcomes:
                     decided[outcome.item.slot] = outcome
+                    if outcome.reason is not MissReason.TRUNCATED:
+                        asked[outcome.item.slot] = run.holder
                     if outcome.reason is None:
                         holders[run.holder] = None
                     elif outcome.reason is not MissReason.TRUNCATED:
@@ -114,7 +119,8 @@ class Fetcher:
             wanted = [item for item in items if decided[item.slot].reason is not None]
             if not wanted:
                 break
-        return JobResult([decided[item.slot] for item in items], list(holders), time.monotonic() - started_s, corrupt)
+        outcomes = [decided[item.slot] for item in items]
+        return JobResult(outcomes, list(holders), time.monotonic() - started_s, corrupt, asked)
 
     def give_up(self) -> None:
         """End all running jobs at once by giving their peers new transports and closing the old ones."""

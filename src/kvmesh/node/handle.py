@@ -46,6 +46,9 @@ FIRST_RESTART_DELAY_S = 0.2
 LONGEST_RESTART_DELAY_S = 5.0
 MAX_OUTGOING = 10_000
 """Messages that may wait for the node. Beyond them it is told later, in one go, which slots to look at again."""
+MAX_WAITING_RECORDS = 1_000
+"""With more messages than this waiting, records of requests are left out: they serve people, not requests."""
+MAX_UNTOLD_RECORDS = 200
 MAX_SLOTS_PER_MESSAGE = 100_000
 WAKE_S = 1.0
 """The reading thread looks at deadlines this often while nothing comes."""
@@ -69,6 +72,16 @@ class NodeState(NamedTuple):
     directory_ever_connected: bool
     peers: int
     sharing: Sharing = Sharing.ON
+
+    def why_invisible(self) -> MissReason:
+        """Why a chunk that no other instance is known to hold is not known of."""
+        if not self.alive:
+            return MissReason.NODE_DOWN
+        if self.sharing is not Sharing.ON:
+            return MissReason.DRAINING
+        if not self.directory_ever_connected:
+            return MissReason.NO_DIRECTORY
+        return MissReason.NOT_PUBLISHED if self.peers else MissReason.NO_PEERS
 
 
 class _Job(NamedTuple):
@@ -114,6 +127,9 @@ class NodeHandle:
         self._missed_slots: set[int] = set()
         """Slots that changed while no node was there to be told, or too much was waiting for it already."""
         self._finished: deque[FinishedJob] = deque()
+        self._untold: deque[link.RequestRecord] = deque(maxlen=MAX_UNTOLD_RECORDS)
+        """Records of requests that came while there was no node; told to the next one."""
+        self.lost_records = 0
         self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
         self._sending_since_s: float | None = None
         self._sending = threading.Lock()
@@ -209,6 +225,24 @@ class NodeHandle:
         with self._lock:
             if self._state.alive and self._outgoing.qsize() < MAX_OUTGOING:
                 self._outgoing.put((self._life, message))
+
+    def record(self, record: link.RequestRecord) -> None:
+        """Tell what became of a request. Left out, and counted, when much is waiting for the node already; kept for the
+        next node while there is none.
+        """
+        record = msgspec.structs.replace(record, lost_before=self.lost_records)
+        with self._lock:
+            if not self._state.alive:
+                self._keep(record)
+            elif self._outgoing.qsize() < MAX_WAITING_RECORDS:
+                self._outgoing.put((self._life, record))
+            else:
+                self.lost_records += 1
+
+    def _keep(self, record: link.RequestRecord) -> None:
+        if len(self._untold) == MAX_UNTOLD_RECORDS:
+            self.lost_records += 1
+        self._untold.append(record)
 
     def take_finished(self) -> list[FinishedJob]:
         """Jobs that ended since the last call."""
@@ -445,6 +479,8 @@ class NodeHandle:
             self._state = NodeState(True, False, False, 0, self._start.sharing)
             # The node read the ledger before it was ready; what changed since then is told again.
             self._tell_missed_slots()
+            while self._untold:
+                self._outgoing.put((self._life, self._untold.popleft()))
         return first
 
     def _command(self, link_fd: int) -> list[str]:

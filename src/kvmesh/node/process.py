@@ -32,16 +32,20 @@ from kvmesh.core.replica import Applied, Replica
 from kvmesh.directory.base import DirectoryClient
 from kvmesh.directory.controller_client import ControllerClient
 from kvmesh.node.admin import bind_admin, serve_admin
+from kvmesh.node.answers import answer_questions
 from kvmesh.node.control import Control
+from kvmesh.node.explainer import Neighbourhood
 from kvmesh.node.fetcher import Fetcher, JobResult, make_items
 from kvmesh.node.inventory import Inventory
+from kvmesh.node.memory import Memory
 from kvmesh.node.operations import NodeOperations
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.node.peers import Peers
+from kvmesh.node.request_log import RequestLog
 from kvmesh.node.transports import Transports
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire.control import ControlError
-from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot
+from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot, UseReport
 from kvmesh.wire.operations import AnyCommand, Sharing
 
 log = logging.getLogger("kvmesh.node")
@@ -122,6 +126,9 @@ class Node:
         self.inventory.accepting = self.sharing is Sharing.ON
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
         self.peers = Peers(kv_format, self._transports.make, self._background)
+        self.around = Neighbourhood(config, self.replica, self.peers, Memory())
+        self.requests = RequestLog(self.around, chunk_tokens=kv_format.chunk_tokens)
+        answer_questions(self.control, self.requests)
         self.fetcher = Fetcher(
             self.replica,
             self.peers,
@@ -179,7 +186,7 @@ class Node:
                 listener=self,
                 cluster_key=self._transports.cluster_key,
             )
-        return Member(
+        member = Member(
             instance_id=self.instance_id,
             incarnation=self.incarnation,
             peer_host=self.config.advertise_host,
@@ -190,6 +197,8 @@ class Node:
             slots=self._pool.slots,
             version=kvmesh.__version__,
         )
+        self.around.member = member
+        return member
 
     async def run(self, member: Member) -> None:
         """Serve until cancelled."""
@@ -243,6 +252,7 @@ class Node:
         for reason, count in misses.items():
             self._misses[reason] = self._misses.get(reason, 0) + count
         transports = {peer.transport.name for holder in result.holders if (peer := self.peers.get(holder))}
+        self.requests.fetched(request_id, ",".join(sorted(transports)) or "-", self._pool.chunk_bytes, result)
         log.info(
             "fetch request=%s chunks=%d/%d bytes=%d seconds=%.4f gb_per_s=%.2f holders=%s transport=%s misses=%s",
             request_id,
@@ -311,7 +321,8 @@ class Node:
         if known is not None and known.member.incarnation == member.incarnation:
             return
         if self.peers.add(member):
-            self._applied(self.replica.member_up(member.instance_id, member.incarnation))
+            applied = self.replica.member_up(member.instance_id, member.incarnation)
+            self._applied(applied, lost_by=member.instance_id, why="replaced")
             log.info(
                 "peer joined instance=%s incarnation=%s address=%s",
                 member.instance_id,
@@ -319,6 +330,7 @@ class Node:
                 member.peer_address,
             )
         else:
+            self.around.meet_stranger(member)
             self._applied(
                 self.replica.member_down(member.instance_id, self.replica.incarnation(member.instance_id) or "")
             )
@@ -328,14 +340,16 @@ class Node:
         if self.peers.get(instance_id) is not None:
             log.info("peer gone instance=%s incarnation=%s reason=%s", instance_id, incarnation, reason)
         self.peers.remove(instance_id)
-        self._applied(self.replica.member_down(instance_id, incarnation))
+        self.around.strangers.pop(instance_id, None)
+        self._applied(self.replica.member_down(instance_id, incarnation), lost_by=instance_id, why=reason)
         self._tell_directory()
 
     def on_changes(self, changes: Changes) -> bool:
         return self._applied(
             self.replica.apply_changes(
                 changes.instance_id, changes.incarnation, changes.sequence, changes.added, changes.removed
-            )
+            ),
+            lost_by=changes.instance_id,
         )
 
     def on_snapshot(self, part: Snapshot) -> bool:
@@ -350,10 +364,17 @@ class Node:
         return self.inventory.keys()
 
     def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
-        return self.inventory.take_changes(limit)
+        changes = self.inventory.take_changes(limit)
+        self.around.lost(changes.removed, self.instance_id, "evicted")
+        return changes
 
     def on_ask(self, ask: Ask, answer: Callable[[Answer], None]) -> None:
         self.control.take(ask, answer)
+
+    def take_use_report(self, *, whole: bool) -> UseReport | None:
+        if whole:
+            self.requests.start_over()
+        return self.requests.take_report(self.instance_id, self.incarnation)
 
     def statistics(self) -> NodeStatistics:
         served = self.server.statistics()
@@ -394,7 +415,9 @@ class Node:
         if self._directory is not None:
             self._directory.changes_pending()
 
-    def _applied(self, applied: Applied) -> bool:
+    def _applied(self, applied: Applied, *, lost_by: str = "", why: str = "evicted") -> bool:
+        if lost_by:
+            self.around.lost(applied.vanished, lost_by, why)
         if self.sharing is Sharing.ON and (applied.appeared or applied.vanished):
             self._listener.on_visible(applied.appeared, applied.vanished)
         return not applied.gap

@@ -6,8 +6,9 @@ of the pool. `--kv-transfer-config '{"kv_connector":"KVMeshConnector","kv_role":
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from kvmesh.config import KVMeshConfig, load_config
 from kvmesh.errors import ConfigError, ConfigProblem, UnsupportedError
@@ -22,6 +23,9 @@ from kvmesh.vllm.compat import (
     init_logger,
 )
 from kvmesh.vllm.policy import POLICIES
+
+if TYPE_CHECKING:
+    from kvmesh.vllm.tier import PeerTier
 
 logger = init_logger("vllm.kvmesh.connector")
 
@@ -56,6 +60,32 @@ class KVMeshConnector(OffloadingConnector):
                     )
                 ]
             ) from error
+        self._tier = _find_tier(self.connector_scheduler)
+        self._failed_to_explain = False
+
+    def on_new_request(self, request: Any) -> None:
+        super().on_new_request(request)
+        if self._tier is not None:
+            with self._explaining():
+                self._tier.meet(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """As vLLM's; once it is settled, the request's record goes to the node."""
+        found: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if self._tier is not None and found[0] is not None:
+            with self._explaining():
+                self._tier.tell(request, num_computed_tokens, found[0])
+        return found
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """What serves explanations must never cost a request."""
+        try:
+            yield
+        except Exception:
+            if not self._failed_to_explain:
+                logger.exception("A request could not be told of; this is logged once")
+            self._failed_to_explain = True
 
     @classmethod
     def build_prom_metrics(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> KVConnectorPromMetrics:
@@ -108,6 +138,14 @@ def tier_config(offloading_spec: TieringOffloadingSpec) -> KVMeshConfig:
     """The configuration as the tier of this engine needs it."""
     parallel = offloading_spec.config.parallel
     return _resolve(offloading_spec.extra_config, parallel.data_parallel_size, parallel.data_parallel_index)
+
+
+def _find_tier(scheduler: Any) -> PeerTier | None:
+    """The tier of this engine; None in a worker, and without sharing."""
+    from kvmesh.vllm.tier import PeerTier
+
+    tiers = () if scheduler is None else scheduler.manager.secondary_tiers
+    return next((tier for tier in tiers if isinstance(tier, PeerTier)), None)
 
 
 def _resolve(extra: Mapping[str, Any], data_parallel_size: int, data_parallel_index: int) -> KVMeshConfig:

@@ -5,6 +5,7 @@ What happens to one request, in vLLM's order:
 
     lookup (per chunk)  HIT when some other instance is known to hold the chunk
     submit_load         the request's chunks with the slots vLLM allocated for them: a fetch job for the node
+    tell                once vLLM knows what it loads: the request's record goes to the node, for explanations
     get_finished_jobs   what has come; those chunks are published in turn, the others will be computed
     submit_store        chunks that this engine has computed: published
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from kvmesh.core.keys import group_of
@@ -43,25 +43,13 @@ from kvmesh.vllm.engine import engine_under_construction
 from kvmesh.vllm.operated_pool import VllmPool, WarmState
 from kvmesh.vllm.policy import _Publishing
 from kvmesh.vllm.pool_files import find_segments
+from kvmesh.vllm.request_records import RequestFacts, RequestState, hash_tokens, make_record
 from kvmesh.vllm.tier_metrics import TierMetrics, metric_definitions
-from kvmesh.wire.operations import Sharing
 
 logger = init_logger("vllm.kvmesh.tier")
 
 MAX_FAILED_KEYS = 100_000
 """Bound of the negative cache; beyond it the oldest entries go."""
-
-
-@dataclass
-class _Request:
-    """What the tier remembers of one request; kept in vLLM's request context."""
-
-    counted: set[OffloadKey] = field(default_factory=set)
-    """Keys whose lookup was counted: vLLM asks again at every step while it waits."""
-    failed: set[OffloadKey] = field(default_factory=set)
-    """Chunks that could not be fetched for this request. They stay misses for it, so it is never fetched in circles."""
-    worthwhile: bool | None = None
-    """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
 
 
 class PeerTier(SecondaryTierManager):
@@ -109,7 +97,9 @@ class PeerTier(SecondaryTierManager):
         )
         self._loads: dict[int, TransferJob] = {}
         self._stored: list[JobResult] = []
-        self._failed_until_s: dict[OffloadKey, float] = {}
+        self._failed_until_s: dict[OffloadKey, tuple[float, MissReason]] = {}
+        self._requests: dict[str, RequestState] = {}
+        """Of the requests that vLLM has not finished, by its id."""
         self._held = False
         """The pool was thrown away, and copies of before may still be under way (see `drain_jobs`)."""
         self._metrics = TierMetrics()
@@ -149,8 +139,18 @@ class PeerTier(SecondaryTierManager):
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Nothing to decide: chunks are offered one by one."""
-        del req_context
+        self._request(req_context)
         return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        """A request that ends before vLLM knew what it would load is told of here."""
+        state = self._requests.pop(req_context.req_id, None)
+        if state is None or state.told or state.facts is None:
+            return
+        state.told = True
+        self._node.record(
+            make_record(req_context.req_id, state, state.facts, chunk_tokens=self._chunk_tokens, ended_early=True)
+        )
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         request = self._request(req_context)
@@ -159,16 +159,56 @@ class PeerTier(SecondaryTierManager):
         if warm is not None:  # an operator's doing: no request has missed anything
             if reason is not None:
                 warm.reasons[key] = reason
-        elif key not in request.counted:
-            request.counted.add(key)
+            return LookupResult.HIT if reason is None else LookupResult.MISS
+        if key not in request.answers:
+            request.asked_at_s = request.asked_at_s or time.monotonic()
             self._metrics.looked_up(reason)
+        request.answers[key] = reason
         return LookupResult.HIT if reason is None else LookupResult.MISS
 
-    def _miss_reason(self, key: OffloadKey, request: _Request, req_context: ReqContext) -> MissReason | None:
+    # -- explanations: called by the connector -------------------------------------------------------------------------
+
+    def meet(self, request: Any) -> None:
+        """Learn of a request (vLLM's `Request`) that vLLM has taken in."""
+        state = self._requests.get(request.request_id)
+        if state is not None:
+            state.facts = RequestFacts.of(request)
+
+    def tell(self, request: Any, device_tokens: int, loaded_tokens: int) -> None:
+        """Called when vLLM knows how much of the request it has on the device and how much it loads. Only the first
+        time counts: what a preempted request finds later is its own.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None or state.told or state.facts is None:
+            return
+        state.told = True
+        waited_s = time.monotonic() - state.asked_at_s if state.asked_at_s else 0.0
+        self._note_details(state)
+        self._node.record(
+            make_record(
+                request.request_id,
+                state,
+                state.facts,
+                chunk_tokens=self._chunk_tokens,
+                device_tokens=device_tokens,
+                loaded_tokens=loaded_tokens,
+                tokens_hash=hash_tokens(request.prompt_token_ids, self._chunk_tokens),
+                wait_s=max(0.0, waited_s),
+            )
+        )
+
+    def _note_details(self, state: RequestState) -> None:
+        for key, reason in state.answers.items():
+            if reason is MissReason.RECENTLY_FAILED and key in self._failed_until_s:
+                state.details[reason] = {"failed_with": self._failed_until_s[key][1].value}
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _miss_reason(self, key: OffloadKey, request: RequestState, req_context: ReqContext) -> MissReason | None:
         if not self._config.fetches:
             return MissReason.SHARING_OFF
         if not self._node.is_visible(key):
-            return self._why_invisible()
+            return self._node.state.why_invisible()
         if self._held:
             return MissReason.DRAINING
         if req_context.get_state(WarmState) is not None:
@@ -179,21 +219,11 @@ class PeerTier(SecondaryTierManager):
             request.worthwhile = self._is_worthwhile(key, req_context)
         return None if request.worthwhile else MissReason.BELOW_MINIMUM
 
-    def _why_invisible(self) -> MissReason:
-        state = self._node.state
-        if not state.alive:
-            return MissReason.NODE_DOWN
-        if state.sharing is not Sharing.ON:
-            return MissReason.DRAINING
-        if not state.directory_ever_connected:
-            return MissReason.NO_DIRECTORY
-        return MissReason.NOT_PUBLISHED if state.peers else MissReason.NO_PEERS
-
     def _failed_recently(self, key: OffloadKey) -> bool:
-        until_s = self._failed_until_s.get(key)
-        if until_s is None:
+        failed = self._failed_until_s.get(key)
+        if failed is None:
             return False
-        if time.monotonic() < until_s:
+        if time.monotonic() < failed[0]:
             return True
         del self._failed_until_s[key]
         return False
@@ -211,13 +241,17 @@ class PeerTier(SecondaryTierManager):
             if not self._node.is_visible(key) or group_of(key) != group_of(first):
                 break
             run += self._chunk_tokens
+        if run < wanted:
+            detail: dict[str, str | float] = {"held_tokens": float(run), "min_retrieve_tokens": float(wanted)}
+            self._request(req_context).details[MissReason.BELOW_MINIMUM] = detail
         return run >= wanted
 
-    def _request(self, req_context: ReqContext) -> _Request:
-        request: _Request | None = req_context.get_state(_Request)
+    def _request(self, req_context: ReqContext) -> RequestState:
+        request: RequestState | None = req_context.get_state(RequestState)
         if request is None:
-            request = _Request()
+            request = RequestState(positions=req_context._offload_key_positions)  # noqa: SLF001  (as above)
             req_context.set_state(request)
+            self._requests[req_context.req_id] = request
         return request
 
     # -- SecondaryTierManager: jobs ------------------------------------------------------------------------------------
@@ -280,7 +314,7 @@ class PeerTier(SecondaryTierManager):
         good_keys = [keys[index] for index in good]
         self._publish(good_keys, [slots[index] for index in good], fetched=True)
         self._remember_failed(
-            job.req_context, [keys[i] for i, reason in enumerate(finished.reasons) if reason is not None]
+            job.req_context, [(keys[i], reason) for i, reason in enumerate(finished.reasons) if reason is not None]
         )
         warm = job.req_context.get_state(WarmState)
         if warm is not None:
@@ -296,14 +330,14 @@ class PeerTier(SecondaryTierManager):
             transfer_bytes=finished.fetched_bytes,
         )
 
-    def _remember_failed(self, req_context: ReqContext, keys: list[OffloadKey]) -> None:
-        if not keys:
+    def _remember_failed(self, req_context: ReqContext, failed: list[tuple[OffloadKey, MissReason]]) -> None:
+        if not failed:
             return
         request = self._request(req_context)
-        request.failed.update(keys)
         until_s = time.monotonic() + self._config.negative_cache_s
-        for key in keys:
-            self._failed_until_s[key] = until_s
+        for key, reason in failed:
+            request.failed.add(key)
+            self._failed_until_s[key] = (until_s, reason)
         while len(self._failed_until_s) > MAX_FAILED_KEYS:
             del self._failed_until_s[next(iter(self._failed_until_s))]
 

@@ -28,6 +28,7 @@ from typing import Annotated, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
+from kvmesh.wire import explain
 from kvmesh.wire.directory import MAX_REQUEST_BYTES, Ask, AskError, Count, Key, Name, Seconds
 from kvmesh.wire.operations import MAX_HOT, AnyCommand, OperationId, Report, Sharing
 
@@ -142,8 +143,79 @@ class Inspected(Reply, frozen=True):
     """One per key; None: not here."""
 
 
-AnyQuestion = Ping | StartOperation | TellOperation | ChangeSharing | MakeKeys | Inspect
-AnyReply = Pong | Told | SharingIs | KeysAre | Inspected
+class ListRequests(Question, frozen=True):
+    """Which requests has the engine had lately?"""
+
+    limit: Annotated[int, Meta(ge=1, le=explain.MAX_RECENT)] = 50
+
+
+class RequestList(Reply, frozen=True):
+    requests: Annotated[list[explain.RecentRequest], Meta(max_length=explain.MAX_RECENT)]
+    """The newest first."""
+
+
+class ExplainRequest(Question, frozen=True):
+    """What became of this request? See `kvmesh.wire.explain.matches` for the ways to name one."""
+
+    request: Annotated[str, Meta(min_length=1, max_length=explain.MAX_ID)]
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """What others need to say whether they know something of a request's missing chunks. Never shown to anybody."""
+
+    tokens_hash: Annotated[bytes, Meta(max_length=16)] = b""
+    """Of the first chunk's tokens alone."""
+    first_key: Annotated[bytes, Meta(max_length=40)] = b""
+    missed_key: Annotated[bytes, Meta(max_length=40)] = b""
+    separated_by: Annotated[list[explain.Id], Meta(max_length=8)] = []
+
+
+class ExplainedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    explanation: explain.Explanation
+    probe: Probe
+
+
+class Explained(Reply, frozen=True):
+    found: Annotated[list[ExplainedRequest], Meta(max_length=explain.MAX_MATCHES)]
+    """The best match first; empty when the node does not remember such a request."""
+
+
+class WhyMissed(Question, frozen=True):
+    """For which reasons did the instance miss?"""
+
+    hours: Annotated[float, Meta(gt=0, le=explain.MAX_HOURS)] = 1.0
+
+
+class Missed(Reply, frozen=True):
+    summary: explain.MissSummary
+
+
+class HaveSeen(Question, frozen=True):
+    """Has the instance met the tokens of another one's request, or been asked for its missing chunk?"""
+
+    probe: Probe
+
+
+class Seen(Reply, frozen=True):
+    salted: bool
+    """The same tokens came under another cache_salt."""
+    asked_s: explain.Seconds | None = None
+    """So long ago the instance was asked for the missing chunk in vain."""
+
+
+AnyQuestion = (
+    Ping
+    | StartOperation
+    | TellOperation
+    | ChangeSharing
+    | MakeKeys
+    | Inspect
+    | ListRequests
+    | ExplainRequest
+    | WhyMissed
+    | HaveSeen
+)
+AnyReply = Pong | Told | SharingIs | KeysAre | Inspected | RequestList | Explained | Missed | Seen
 
 
 class _Tag(msgspec.Struct, frozen=True):
@@ -152,8 +224,8 @@ class _Tag(msgspec.Struct, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _tag_decoder = msgspec.msgpack.Decoder(_Tag)
-question_decoder = msgspec.msgpack.Decoder(AnyQuestion)
-reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+question_decoder: msgspec.msgpack.Decoder[AnyQuestion] = msgspec.msgpack.Decoder(AnyQuestion)
+reply_decoder: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
 _QUESTIONS = frozenset(kind.__name__ for kind in get_args(AnyQuestion) or (AnyQuestion,))
 
 

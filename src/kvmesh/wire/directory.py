@@ -8,7 +8,8 @@ Sockets (all on the controller)
 
     reply      ROUTER   nodes connect a DEALER. Requests up, answers and the fan-out down.
     heartbeat  ROUTER   the same protocol on a second port, for heartbeats kept apart from bulk (optional)
-    pull       PULL     nodes connect a PUSH. Their inventory events, ordered: Changes, Snapshot, FetchReport.
+    pull       PULL     nodes connect a PUSH. Their inventory events, ordered: Changes, Snapshot, FetchReport,
+                        UseReport.
 
 Life of a node
 
@@ -60,9 +61,10 @@ from msgspec import Meta
 
 from kvmesh.core.format import Format
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_KEYS_PER_MESSAGE = 20_000
 """A larger inventory is sent in parts. 20,000 keys are under 1 MB, so nobody's event loop stops for long."""
+MAX_BATCH_CHANGES = 5_000
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}", max_length=16)]
@@ -73,6 +75,7 @@ MAX_REQUEST_BYTES = 256 * 1024
 """Longest frame up the reply and heartbeat sockets. A Register is about 1 kB."""
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """Longest frame up the pull socket: Changes with MAX_KEYS_PER_MESSAGE keys added and as many removed are 1.7 MB."""
+MAX_SAMPLE_BYTES = 8 * 20_000
 _MAX_COUNT = 2**53 - 1
 """Counters stay exact in JSON and JavaScript."""
 
@@ -121,6 +124,8 @@ class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
     served_bytes: Count = 0
     misses: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
     """Chunks asked for and not fetched, by reason."""
+    prefill_tokens_per_s: Seconds = 0.0
+    """How fast the engine prefills, as measured; 0 while that is unknown."""
     sharing: Name = "on"
     """`kvmesh.wire.operations.Sharing`."""
     pinned_chunks: Count = 0
@@ -179,6 +184,27 @@ class FetchReport(Message, frozen=True, kw_only=True):
     """Chunks whose bytes did not have their checksum, by the instance that delivered them."""
 
 
+class UseReport(Message, frozen=True, kw_only=True):
+    """How an instance's lookups went since its node's start, and a sample of the chunks that it was asked for
+    (`kvmesh.core.sketch`). Sent after a Registered, with the whole sample, and then with heartbeats when there is news.
+    """
+
+    instance_id: Name
+    incarnation: Incarnation
+    requests: Count
+    chunks: Count
+    """Whole chunks of prompts. The next three are parts of them."""
+    device_chunks: Count
+    own_chunks: Count
+    peer_chunks: Count
+    new_alone: Annotated[float, Meta(ge=0, le=1e18)]
+    """Estimate of the chunks that this instance had not been asked for before."""
+    threshold: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    """The highest hash that is in the sample."""
+    hashes: Annotated[bytes, Meta(max_length=MAX_SAMPLE_BYTES)]
+    """Hashes of keys that have come into the sample since the last report, eight bytes each, little-endian."""
+
+
 class AskError(msgspec.Struct, frozen=True):
     """Why a node does not answer a question (`kvmesh.wire.control.ControlError`)."""
 
@@ -208,6 +234,15 @@ class Changes(Message, frozen=True):
     sequence: Sequence
     added: Keys
     removed: Keys
+
+
+class Batch(Message, frozen=True):
+    """Changes of several publishers, each as it came, in the order in which they came. Down only. When much happens the
+    controller gathers Changes for a moment, because a frame costs more than what is in it. A receiver applies one after
+    the other; it may find its own among them, which it ignores.
+    """
+
+    changes: Annotated[list[Changes], Meta(max_length=MAX_BATCH_CHANGES)]
 
 
 class Snapshot(Message, frozen=True):
@@ -276,9 +311,9 @@ class Ask(Message, frozen=True):
 
 Request = Register | Heartbeat | SnapshotRequest | Leave | Answer
 """Up the reply and heartbeat sockets."""
-Event = Changes | Snapshot | FetchReport
+Event = Changes | Snapshot | FetchReport | UseReport
 """Up the pull socket."""
-Notice = Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Snapshot | Ask
+Notice = Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Batch | Snapshot | Ask
 """Down the reply and heartbeat sockets."""
 
 _encoder = msgspec.msgpack.Encoder()

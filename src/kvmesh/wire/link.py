@@ -11,6 +11,7 @@ each. The node inherits the descriptors of the ledger and the pool by number.
      |-- Fetch(job) ------------------------>|
      |<------------------- FetchDone(job) ---|  exactly one per job; nothing writes into its slots any more
      |-- GiveUp ---------------------------->|  end all jobs at once (the pool is being reset)
+     |-- RequestRecord --------------------->|  what became of a request's lookups; may be left out when much is waiting
      |<------------ Visible(keys) -----------|  the node's replica, as a set of keys that somebody else holds
      |<------------ Directory(state) --------|
      |<------------ Operate(id, command) ----|  an operator wants something done to the pool (`kvmesh.wire.operations`)
@@ -32,6 +33,7 @@ from msgspec import Meta
 from kvmesh.core.format import Format
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.reasons import MissReason
+from kvmesh.wire.explain import Detail
 from kvmesh.wire.operations import AnyCommand, OperationId, Report, Sharing
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -109,6 +111,46 @@ class KeysMade(Message, frozen=True):
     error: str = ""
 
 
+MAX_RECORD_KEYS = 16_384
+MAX_RECORD_MISSES = 64
+
+
+class Miss(NamedTuple):
+    """What the engine answered for one chunk."""
+
+    key: Annotated[bytes, Meta(min_length=KEY_MIN_BYTES, max_length=KEY_MAX_BYTES)]
+    reason: MissReason
+    detail: Detail = {}  # noqa: RUF012  (decoders make a new one)
+    """Numbers behind the reason, such as the gate's `fetch_s` and `prefill_s`."""
+
+
+class RequestRecord(Message, frozen=True, kw_only=True):
+    """One request, told once: when the engine knows what it loads, or when the request ends before that."""
+
+    request_id: Annotated[str, Meta(max_length=256)]
+    prompt_tokens: Count
+    keys: Annotated[Keys, Meta(max_length=MAX_RECORD_KEYS)]
+    """The prompt's whole chunks in prefix order, one KV cache group after the other; the first ones of a longer list.
+    """
+    device_tokens: Count = 0
+    """Found in the engine's own prefix cache, on the device."""
+    loaded_tokens: Count = 0
+    """Found in the pool after that, whatever was fetched included."""
+    misses: Annotated[list[Miss], Meta(max_length=MAX_RECORD_MISSES)] = []
+    """Chunks that were asked for and not found, in the order in which they were asked for."""
+    wait_s: Seconds = 0.0
+    """Between the first lookup and this record."""
+    separated_by: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=8)] = []
+    """Beside the tokens, what enters the keys: `cache_salt`, `lora`, `multimodal`."""
+    tokens_hash: Annotated[bytes, Meta(max_length=16)] = b""
+    """Of the tokens of the first chunk alone; empty when they are unknown. Equal with different keys: the same text in
+    another context.
+    """
+    ended_early: bool = False
+    lost_before: Count = 0
+    """Records that were left out so far."""
+
+
 class Ready(Message, frozen=True):
     instance_id: str
     incarnation: str
@@ -163,7 +205,7 @@ class MakeKeys(Message, frozen=True):
     cache_salt: str | None
 
 
-ToNode = Start | Publish | Retract | Fetch | GiveUp | Operated | KeysMade
+ToNode = Start | Publish | Retract | Fetch | GiveUp | Operated | KeysMade | RequestRecord
 ToEngine = Ready | Failed | FetchDone | Visible | Directory | Operate | MakeKeys
 
 _encoder = msgspec.msgpack.Encoder()

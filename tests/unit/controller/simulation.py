@@ -89,13 +89,9 @@ class SimulatedNode:
             self.replica.member_down(notice.instance_id, notice.incarnation)
         elif isinstance(notice, wire.Resync):
             self.upload()
-        elif isinstance(notice, wire.Changes):
-            applied = self.replica.apply_changes(
-                notice.instance_id, notice.incarnation, notice.sequence, notice.added, notice.removed
-            )
-            if applied.gap and notice.instance_id not in self._asked:
-                self._asked.add(notice.instance_id)
-                self.requests.append(wire.SnapshotRequest(notice.instance_id, notice.incarnation))
+        elif isinstance(notice, wire.Changes | wire.Batch):
+            for changes in [notice] if isinstance(notice, wire.Changes) else notice.changes:
+                self._apply(changes)
         else:
             applied = self.replica.apply_snapshot(
                 notice.instance_id, notice.incarnation, notice.sequence, notice.keys, notice.first, notice.last
@@ -104,6 +100,14 @@ class SimulatedNode:
                 self.requests.append(wire.SnapshotRequest(notice.instance_id, notice.incarnation))
             elif notice.last:
                 self._asked.discard(notice.instance_id)
+
+    def _apply(self, changes: wire.Changes) -> None:
+        applied = self.replica.apply_changes(
+            changes.instance_id, changes.incarnation, changes.sequence, changes.added, changes.removed
+        )
+        if applied.gap and changes.instance_id not in self._asked:
+            self._asked.add(changes.instance_id)
+            self.requests.append(wire.SnapshotRequest(changes.instance_id, changes.incarnation))
 
     def _registered(self, notice: wire.Registered) -> None:
         self.registered, self.registration, self.received_bytes = True, notice.registration, 0
@@ -170,6 +174,9 @@ class Cluster:
             event = node.events.popleft()
             self.send(self.registry.on_event(event, wire.encode(event), self.now_s))
 
+    def flush(self) -> None:
+        self.send(self.registry.flush(self.now_s))
+
     def deliver_notice(self, node: SimulatedNode) -> None:
         if node.notices:
             node.receive(*node.notices.popleft())
@@ -183,7 +190,7 @@ class Cluster:
             assert wire.notice_decoder.decode(send.frame) == send.message
             for peer in send.to:
                 node = by_peer.get(peer)
-                bulk = isinstance(send.message, (wire.Changes, wire.Snapshot))
+                bulk = isinstance(send.message, (wire.Changes, wire.Batch, wire.Snapshot))
                 if node is not None and node.reads and not (bulk and peer in full):
                     node.notices.append((send.message, len(send.frame)))
                     continue
@@ -202,6 +209,9 @@ class Cluster:
                     self.deliver_request(node)
                     self.deliver_event(node)
                     self.deliver_notice(node)
+            if self.registry.has_held():
+                moving = True
+                self.flush()
             while sends := self.registry.next_snapshot(self.now_s):
                 moving = True
                 self.send(sends)

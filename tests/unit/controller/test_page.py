@@ -1,20 +1,54 @@
-"""The words of the page, without a browser."""
+"""What the page shows, without a browser: words, cells and figures."""
 
 from __future__ import annotations
 
 import logging
 
+import msgspec
 import pytest
 
-from kvmesh.controller import views
+from kvmesh.controller.activity import Saved
+from kvmesh.controller.api import Context
+from kvmesh.controller.formats import format_pairs
 from kvmesh.controller.log import LogLimiter, fields
 from kvmesh.controller.process import LineFormatter
+from kvmesh.controller.traffic import Route
 from kvmesh.controller.ui import units
-from kvmesh.controller.ui.fetches import fetch_row
-from kvmesh.controller.ui.instances import instance_row
-from kvmesh.controller.ui.warnings import incompatibility_lines
+from kvmesh.controller.ui.attention import headline, notices_of
+from kvmesh.controller.ui.compatibility import CHANGES, differences_of, sentence
+from kvmesh.controller.ui.live import Moment
+from kvmesh.controller.ui.members import STATES, Member
+from kvmesh.controller.ui.overview import prefill_note, thinned
+from kvmesh.core.format import Format
+from kvmesh.wire import directory as wire
 from unit.controller.makers import make_format, make_member
 from unit.controller.simulation import Cluster
+
+
+class NoFeed:
+    """A feed that has nothing to complain about."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+def moment_of(cluster: Cluster, later_s: float = 0.0) -> Moment:
+    context = Context(cluster.registry, NoFeed(), clock=lambda: cluster.now_s + later_s)
+    return Moment(context, cluster.now_s + later_s, 0.0)
+
+
+def state_of(cluster: Cluster, name: str, later_s: float = 0.0) -> str:
+    return Member(cluster.registry.instances[name], moment_of(cluster, later_s)).state
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """Two that can share, and one of the same model that cannot."""
+    made = Cluster()
+    for name, dtype in (("a", "float32"), ("b", "float32"), ("x", "bfloat16")):
+        made.add(make_member(name, format=make_format(kv_dtype=dtype), peer_port=8200 + ord(name)))
+    made.pass_time(2)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -26,6 +60,8 @@ from unit.controller.simulation import Cluster
         (units.count(1_234_567), "1.23 M"),
         (units.size(1_500_000), "1.50 MB"),
         (units.size(3.1e18), "3100 PB"),
+        (units.rate(0.3), units.NOTHING),
+        (units.rate(1500), "1.50 kB/s"),
         (units.duration(0.0123), "12 ms"),
         (units.duration(3.44), "3.4 s"),
         (units.duration(300), "5 min"),
@@ -33,71 +69,153 @@ from unit.controller.simulation import Cluster
         (units.age(3.4), "3 s ago"),
         (units.share(None), ""),
         (units.share(0.126), "13 %"),
+        (units.some(1, "fetch", "fetches"), "1 fetch"),
+        (units.some(2, "fetch", "fetches"), "2 fetches"),
+        (units.listed(["a", "b"]), "a, b"),
+        (units.listed(list("abcde")), "a, b, c and 2 more"),
     ],
 )
 def test_units(text, expected):
     assert text == expected
 
 
-def test_incompatibilities_are_told_in_one_sentence_for_each_cause():
-    """Three instances against one with two differing fields: one line, whichever side of a pair each stands on."""
+class TestStates:
+    def test_each_state_is_explained(self, cluster):
+        """Up; alone when nobody shares its format; silent before all else; joining without an inventory."""
+        assert state_of(cluster, "a") == "up"
+        assert state_of(cluster, "x") == "alone"
+        assert state_of(cluster, "x", later_s=5) == "silent"
+        cluster.registry.instances["a"].group.replica.mark_stale("a")
+        assert state_of(cluster, "a") == "joining"
+        cluster.registry.instances["b"].corrupt_chunks = 2
+        assert state_of(cluster, "b") == "corrupt"
+        assert {"up", "alone", "silent", "joining", "corrupt", "slow", "draining", "drained"} == STATES.keys()
+
+    def test_sharing_as_the_node_tells_it(self, cluster):
+        instance = cluster.registry.instances["a"]
+        instance.statistics = wire.NodeStatistics(sharing="draining")
+        assert state_of(cluster, "a") == "draining"
+        instance.statistics = wire.NodeStatistics(sharing="made up")
+        assert state_of(cluster, "a") == "up"
+
+
+class TestAttention:
+    def test_nothing_to_say(self):
+        """All well, in one sentence that counts."""
+        cluster = Cluster()
+        for number in range(3):
+            cluster.add(make_member(f"n{number}", peer_port=8000 + number))
+        cluster.pass_time(1)
+        moment = moment_of(cluster)
+        assert list(notices_of(moment)) == []
+        assert headline(moment, []) == ("All 3 instances are up and can share", "ok")
+        assert headline(moment_of(Cluster()), []) == ("No instance has joined yet", "idle")
+
+    def test_what_is_wrong_is_named(self, cluster):
+        """Formats with the field, corrupt chunks, silence, and who was turned away."""
+        cluster.registry.instances["b"].corrupt_chunks = 3
+        cluster.registry.refusals.add("10.0.0.9", "it has no cluster key", cluster.now_s)
+        notices = list(notices_of(moment_of(cluster, later_s=4.0)))
+        told = " | ".join(f"{one.title}: {one.text}" for one in notices)
+        for words in ("kv_dtype is float32 and bfloat16", "b delivers wrong bytes", "3 chunks", "Silent: a, b, x"):
+            assert words in told
+        assert "Turned away: 10.0.0.9" in told
+        assert headline(moment_of(cluster), notices)[1] == "bad"
+
+    def test_a_long_forgotten_refusal_is_not_shown(self, cluster):
+        cluster.registry.refusals.add("10.0.0.9", "it has no cluster key", cluster.now_s - 3600)
+        assert not [one for one in notices_of(moment_of(cluster)) if "10.0.0.9" in one.title]
+
+
+class TestCompatibility:
+    def test_one_record_for_each_differing_field(self):
+        """Three instances against one with two differing fields: two records, whoever is asked."""
+        cluster = Cluster()
+        for name, chunk_tokens, seed in (("a", 256, ""), ("c", 256, ""), ("b", 128, "123"), ("d", 256, "")):
+            cluster.add(make_member(name, format=make_format(chunk_tokens=chunk_tokens, hash_seed=seed)))
+        cluster.pass_time(1)
+        pairs = format_pairs(cluster.registry.groups)
+        found = differences_of(pairs)
+        assert [(one.field, one.ours, one.theirs) for one in found] == [
+            ("chunk_tokens", "256", "128"),
+            ("hash_seed", "", "123"),
+        ]
+        assert sentence(pairs[0]).startswith("a, c, d cannot share with b, though the model name is the same")
+        assert "hash_seed is empty and 123" in sentence(pairs[0])
+
+    def test_other_models_are_nobodys_fault(self):
+        cluster = Cluster()
+        cluster.add(make_member("a"))
+        cluster.add(make_member("b", format=make_format(model_name="Other")))
+        cluster.pass_time(1)
+        assert differences_of(format_pairs(cluster.registry.groups)) == []
+
+    def test_every_field_has_advice(self):
+        assert set(Format.__struct_fields__) == set(CHANGES)
+
+
+def test_prefill_saved_is_told_as_far_as_it_is_known():
+    """Tokens always; seconds only from engines that have told how fast they prefill."""
+    assert prefill_note(Saved()) == "nothing pulled yet"
+    assert prefill_note(Saved(1000)) == "no engine has told how fast it prefills"
+    assert prefill_note(Saved(1000, 1000, 3.0)) == "about 3 s of prefill"
+    assert prefill_note(Saved(1000, 500, 3.0)) == "about 3 s of prefill (50 % of them timed)"
+
+
+def test_prefill_saved_is_summed_up_from_reports():
+    """Chunks that came from peers, in tokens, and in seconds at the engine's own rate."""
     cluster = Cluster()
-    for name, chunk_tokens, seed in (("a", 256, ""), ("c", 256, ""), ("b", 128, "123"), ("d", 256, "")):
-        cluster.add(make_member(name, format=make_format(chunk_tokens=chunk_tokens, hash_seed=seed)))
+    node = cluster.add(make_member("a"))
     cluster.pass_time(1)
-    pairs = views.incompatibility_views(list(_pairs(cluster)))
-    assert len(pairs) == 3
-    (line,) = incompatibility_lines(pairs)
-    assert line.startswith("a, c, d cannot share KV with b")
-    assert "chunk_tokens is 256 here and 128 there; hash_seed is empty here and 123 there" in line
-
-
-def _pairs(cluster: Cluster):
-    from kvmesh.controller.formats import incompatibilities  # noqa: PLC0415
-
-    return incompatibilities(cluster.registry.groups)
-
-
-def test_instance_states():
-    """Up, suspect, joining; incompatible only when it has nobody to share with."""
-    cluster = Cluster()
-    cluster.add(make_member("a"))
-    cluster.add(make_member("x", format=make_format(kv_dtype="bfloat16")))
-    cluster.pass_time(1)
-
-    def row(name: str, *, alone: bool, later_s: float = 0.0) -> dict[str, object]:
-        registry = cluster.registry
-        return instance_row(
-            views.instance_view(registry, registry.instances[name], cluster.now_s + later_s), alone=alone
+    cluster.registry.instances["a"].statistics = wire.NodeStatistics(prefill_tokens_per_s=1024.0)
+    for peer_chunks in (2, 6):  # the first one only tells where the counters stand
+        report = wire.UseReport(
+            instance_id="a",
+            incarnation=node.who[1],
+            requests=peer_chunks,
+            chunks=8,
+            device_chunks=0,
+            own_chunks=0,
+            peer_chunks=peer_chunks,
+            new_alone=0.0,
+            threshold=2**63 - 1,
+            hashes=b"",
         )
-
-    assert row("a", alone=False)["state"] == "up"
-    assert row("a", alone=True)["state"] == "incompatible"
-    assert row("a", alone=True, later_s=5)["state"] == "suspect"
-    cluster.registry.instances["a"].group.replica.mark_stale("a")
-    assert row("a", alone=False)["state"] == "joining"
+        cluster.registry.on_event(report, wire.encode(report), cluster.now_s)
+    assert cluster.registry.activity.saved == Saved(1024, 1024, 1.0)
 
 
-def test_fetch_row_of_a_total_miss():
-    """Nothing fetched in no time is shown, not divided by."""
-    view = views.FetchView(
-        number=1,
-        age_s=0.0,
+def test_thinned_keeps_the_sum():
+    assert thinned([1.0] * 10) == [2.0, 4.0, 4.0]
+    assert thinned([]) == []
+
+
+def test_busy_routes_come_first():
+    """Those that move now, then those that have moved most; nobody's share is counted twice."""
+    cluster = Cluster()
+    a = cluster.add(make_member("a"))
+    cluster.pass_time(1)
+    report = wire.FetchReport(
         instance_id="a",
+        incarnation=a.who[1],
         request_id="r",
-        holders=[],
+        holders=("b", "c"),
         transport="tcp",
-        chunks_asked=3,
-        chunks_fetched=0,
-        fetched_bytes=0,
-        seconds=0.0,
-        bytes_per_second=None,
-        misses={"not_published": 3},
+        chunks_asked=4,
+        chunks_fetched=4,
+        fetched_bytes=4000,
+        seconds=0.5,
+        misses={},
     )
-    row = fetch_row(view)
-    assert row["route"] == "a ← nobody"
-    assert row["tone"] == "bad"
-    assert row["misses"] == "not_published 3"
+    only_b = msgspec.structs.replace(report, holders=("b",), fetched_bytes=1000, chunks_fetched=1)
+    for each in (report, only_b):
+        cluster.registry.on_event(each, wire.encode(each), cluster.now_s)
+    routes = moment_of(cluster).routes
+    assert [(route.receiver, route.holder, route.bytes) for route in routes] == [("a", "b", 3000), ("a", "c", 2000)]
+    assert routes[0].bytes_per_second > routes[1].bytes_per_second > 0
+    later = moment_of(cluster, later_s=600).routes
+    assert [route.bytes_per_second for route in later] == [0.0, 0.0]
+    assert isinstance(later[0], Route)
 
 
 def test_log_lines_stay_one_line_whatever_is_in_them():

@@ -5,7 +5,7 @@ import logging
 import msgspec
 import pytest
 
-from kvmesh.controller import downstream, registry
+from kvmesh.controller import downstream, fanout, registry
 from kvmesh.controller.formats import incompatibilities
 from kvmesh.controller.instances import Peer, Send
 from kvmesh.controller.registry import SendFailure
@@ -214,7 +214,8 @@ class TestInventories:
         a, b = pair
         changes = wire.Changes(*a.who, 1, make_keys(2), [])
         frame = wire.encode(changes)
-        (send,) = cluster.registry.on_event(changes, frame, cluster.now_s)
+        assert not cluster.registry.on_event(changes, frame, cluster.now_s)
+        (send,) = cluster.registry.flush(cluster.now_s)
         assert send.frame is frame
         assert send.to == (b.peer,)
 
@@ -224,6 +225,7 @@ class TestInventories:
         again = a.events[0]
         cluster.settle()
         assert cluster.registry.on_event(again, wire.encode(again), cluster.now_s) == []
+        assert cluster.registry.flush(cluster.now_s) == []
 
     def test_gap_asks_the_publisher_and_spares_the_others(self, cluster, pair):
         """The others get the snapshot that the publisher sends, not a gap of their own."""
@@ -278,7 +280,7 @@ class TestInventories:
 
     def test_newcomer_gets_every_inventory_of_its_format_in_parts(self, cluster, pair, monkeypatch):
         """And none of another format."""
-        monkeypatch.setattr(registry, "SNAPSHOT_PART_KEYS", 4)
+        monkeypatch.setattr(fanout, "SNAPSHOT_PART_KEYS", 4)
         a, _ = pair
         a.change(set(make_keys(10)), set())
         other = cluster.add(make_member("x", format=OTHER_FORMAT))
@@ -325,6 +327,79 @@ class TestInventories:
         assert cluster.registry.counters.strangers == 1
 
 
+class TestBatches:
+    """Changes of several publishers go out together, encoded once."""
+
+    @pytest.fixture
+    def four(self, cluster):
+        nodes = [cluster.add(make_member(name, peer_port=8200 + index)) for index, name in enumerate("abcd")]
+        cluster.pass_time(2)
+        cluster.check_converged()
+        cluster.sent.clear()
+        return nodes
+
+    def test_one_frame_for_all_that_follow(self, cluster, four):
+        """Whatever came since the last flush, in the order in which it came; also to its publishers."""
+        a, b, *_ = four
+        for node, salt in ((a, "1"), (b, "2"), (a, "3")):
+            node.change(set(make_keys(1, salt)), set())
+            cluster.deliver_event(node)
+        cluster.flush()
+        ((batch, to),) = told(cluster.sent, wire.Batch)
+        assert [(one.instance_id, one.sequence) for one in batch.changes] == [("a", 1), ("b", 1), ("a", 2)]
+        assert set(to) == {node.peer for node in four}
+        cluster.settle()
+        cluster.check_converged()
+
+    def test_who_waits_for_an_inventory_gets_the_rest(self, cluster, four):
+        """A member that is owed a snapshot of one publisher gets the others' changes meanwhile."""
+        a, b, c, d = four
+        cluster.registry.on_request(wire.SnapshotRequest(*a.who), d.peer, cluster.now_s)
+        for node in (a, b):
+            node.change(set(make_keys(1, node.who[0])), set())
+            cluster.deliver_event(node)
+        cluster.flush()
+        got = {peer: send.message for send in cluster.sent for peer in send.to}
+        assert isinstance(got[c.peer], wire.Batch)
+        assert isinstance(got[d.peer], wire.Changes)
+        assert got[d.peer].instance_id == "b"
+        cluster.settle()
+        cluster.check_converged()
+
+    def test_a_single_publisher_is_spared_its_own(self, cluster, four):
+        a, *others = four
+        for salt in "12":
+            a.change(set(make_keys(1, salt)), set())
+            cluster.deliver_event(a)
+        cluster.flush()
+        ((_, to),) = told(cluster.sent, wire.Batch)
+        assert set(to) == {node.peer for node in others}
+
+    def test_size_is_bounded(self, cluster, four, monkeypatch):
+        """Much at once becomes several frames, and what is held goes out by itself when it becomes too much."""
+        monkeypatch.setattr(fanout, "MAX_BATCH_KEYS", 10)
+        monkeypatch.setattr(fanout, "MAX_HELD_KEYS", 50)
+        a, *_ = four
+        for index in range(10):
+            a.change(set(make_keys(6, str(index))), set())
+            cluster.deliver_event(a)
+        sizes = [len(message.added) for message, _ in told(cluster.sent, wire.Changes)]
+        assert sizes == [6] * 9, "two of them are more than a batch may hold"
+        cluster.settle()
+        cluster.check_converged()
+
+    def test_changes_of_one_that_has_left_hurt_nobody(self, cluster, four):
+        a, b, *_ = four
+        for node in (a, b):
+            node.change(set(make_keys(2, node.who[0])), set())
+            cluster.deliver_event(node)
+        cluster.send(cluster.registry.on_request(wire.Leave(*a.who), a.peer, cluster.now_s))
+        cluster.kill(a)
+        cluster.flush()
+        cluster.settle()
+        cluster.check_converged()
+
+
 class TestSlowMembers:
     def test_full_queue_costs_changes_and_is_made_good_by_a_snapshot(self, cluster, pair):
         """Nothing is kept for a member that does not read; it catches up later."""
@@ -334,7 +409,7 @@ class TestSlowMembers:
             a.change(set(make_keys(1, f"{index}-")), set())
         cluster.settle()
         assert not b.notices
-        assert len(told(cluster.sent, wire.Changes)) == 1, "one try was enough"
+        assert len(told(cluster.sent, wire.Batch)) == 1, "one try was enough"
         b.reads = True
         cluster.pass_time(2)
         cluster.check_converged()
@@ -346,6 +421,7 @@ class TestSlowMembers:
         for index in range(100):
             a.change(set(make_keys(10, f"{index}-")), set())
             cluster.deliver_event(a)
+            cluster.flush()
         under_way = sum(size_bytes for _, size_bytes in b.notices)
         assert 10_000 <= under_way < 12_000
         assert cluster.registry.instances["b"].downstream.outstanding_bytes == under_way
@@ -354,7 +430,7 @@ class TestSlowMembers:
 
     def test_half_a_snapshot_is_started_over(self, cluster, pair, monkeypatch):
         """A queue that fills up between two parts: the member is owed the whole again."""
-        monkeypatch.setattr(registry, "SNAPSHOT_PART_KEYS", 4)
+        monkeypatch.setattr(fanout, "SNAPSHOT_PART_KEYS", 4)
         a, b = pair
         a.change(set(make_keys(12)), set())
         cluster.settle()

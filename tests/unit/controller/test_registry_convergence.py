@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvmesh.controller import registry
+from kvmesh.controller import fanout
 from kvmesh.wire import directory as wire
 from unit.controller.makers import make_format, make_keys, make_member
 from unit.controller.simulation import INTERVAL_S, TIMEOUT_S, Cluster, SimulatedNode
@@ -61,6 +61,10 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.cluster.settle()
+
+    @rule()
+    def flush(self) -> None:
+        self.cluster.flush()
 
     @rule()
     def send_owed(self) -> None:
@@ -127,9 +131,11 @@ class ClusterMachine(RuleBasedStateMachine):
         formats = {node.peer: node.member.format for node in self.cluster.nodes}
         publishers = {node.who: node.member.format for node in self.cluster.nodes}
         for send in self.cluster.sent:
-            if isinstance(send.message, (wire.Changes, wire.Snapshot)):
-                publisher = publishers.get((send.message.instance_id, send.message.incarnation))
-                assert publisher is None or all(formats.get(peer, publisher) == publisher for peer in send.to)
+            message = send.message
+            for one in message.changes if isinstance(message, wire.Batch) else [message]:
+                if isinstance(one, (wire.Changes, wire.Snapshot)):
+                    publisher = publishers.get((one.instance_id, one.incarnation))
+                    assert publisher is None or all(formats.get(peer, publisher) == publisher for peer in send.to)
         self.cluster.sent.clear()
 
     def teardown(self) -> None:
@@ -150,7 +156,7 @@ def test_large_inventory_goes_out_in_parts_below_the_limits(monkeypatch):
     """No part is larger than a receiver accepts, and together they are the inventory."""
     cluster = Cluster()
     a = cluster.add(make_member("a"))
-    a.inventory = {secrets.token_bytes(36) for _ in range(2 * registry.SNAPSHOT_PART_KEYS + 1)}
+    a.inventory = {secrets.token_bytes(36) for _ in range(2 * fanout.SNAPSHOT_PART_KEYS + 1)}
     a.registered = True
     cluster.registry.on_request(wire.Register(a.member), a.peer, cluster.now_s)
     whole = wire.Snapshot(*a.who, 0, list(a.inventory), first=True, last=True)
@@ -159,5 +165,5 @@ def test_large_inventory_goes_out_in_parts_below_the_limits(monkeypatch):
     cluster.registry.on_request(wire.Register(b.member), b.peer, cluster.now_s)
     parts = [send.message for send in cluster.registry.next_snapshot(cluster.now_s)]
     assert len(parts) == 3
-    assert max(len(part.keys) for part in parts) <= registry.SNAPSHOT_PART_KEYS
+    assert max(len(part.keys) for part in parts) <= fanout.SNAPSHOT_PART_KEYS
     assert {key for part in parts for key in part.keys} == a.inventory

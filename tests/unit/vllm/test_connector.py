@@ -109,9 +109,48 @@ def test_one_instance_on_several_hosts_is_refused(role):
         KVMeshConnector(make_vllm_config(nnodes_within_dp=2), role, make_kv_cache_config())
 
 
+def make_bare(self) -> None:
+    """As vLLM leaves a connector, without anything behind it."""
+    self.connector_scheduler = None
+
+
+class TestRecords:
+    """The connector tells its tier of requests, and explanations never cost one."""
+
+    @pytest.fixture
+    def tier(self, monkeypatch):
+        tier = SimpleNamespace(met=[], told=[])
+        tier.meet = tier.met.append
+        tier.tell = lambda *told: tier.told.append(told)
+        monkeypatch.setattr(connector.OffloadingConnector, "__init__", lambda self, *_: make_bare(self))
+        monkeypatch.setattr(connector.OffloadingConnector, "on_new_request", lambda self, request: None)
+        monkeypatch.setattr(connector, "_find_tier", lambda _: tier)
+        return tier
+
+    @pytest.fixture
+    def made(self, tier, monkeypatch):
+        answers = [(None, False), (512, True), (0, False)]
+        base = connector.OffloadingConnector
+        monkeypatch.setattr(base, "get_num_new_matched_tokens", lambda *_: answers.pop(0))
+        return KVMeshConnector(make_vllm_config(), KVConnectorRole.WORKER, make_kv_cache_config())
+
+    def test_a_request_is_told_of_when_vllm_has_settled(self, made, tier):
+        made.on_new_request("request")
+        assert [made.get_num_new_matched_tokens("request", 256) for _ in range(2)] == [(None, False), (512, True)]
+        assert (tier.met, tier.told) == (["request"], [("request", 256, 512)])
+
+    def test_an_error_in_there_is_logged_once_and_costs_nothing(self, made, tier, monkeypatch):
+        logged = []
+        monkeypatch.setattr(connector.logger, "exception", logged.append)
+        tier.meet = tier.tell = None  # calling it raises
+        made.on_new_request("request")
+        assert [made.get_num_new_matched_tokens("request", 0)[0] for _ in range(3)] == [None, 512, 0]
+        assert len(logged) == 1
+
+
 def test_only_the_scheduler_reads_the_model(monkeypatch):
     """Workers need no fingerprint; the scheduler leaves it where the tier finds it."""
-    monkeypatch.setattr(connector.OffloadingConnector, "__init__", lambda *_: None)
+    monkeypatch.setattr(connector.OffloadingConnector, "__init__", lambda self, *_: make_bare(self))
     monkeypatch.setattr(connector.fingerprint, "model_facts", lambda _: FACTS)
     for role, facts in ((KVConnectorRole.WORKER, None), (KVConnectorRole.SCHEDULER, FACTS)):
         vllm_config = make_vllm_config()

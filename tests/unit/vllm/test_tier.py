@@ -14,6 +14,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import NodeState
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.tier import PeerTier
+from kvmesh.wire import link
 from support.vllm_fakes import FACTS, FakeNode, configured_extra, make_offloading_config, offload_key, shared_pool
 
 SLOTS, CHUNK_BYTES = 8, 4096
@@ -313,6 +314,127 @@ class TestMetrics:
         tier.node.finish(1, [None, MissReason.STALE])
         list(tier.get_finished_jobs())
         assert set(counted(tier)) == set(PeerTier.build_metric_definitions({}))
+
+
+class TestRecords:
+    """What the node is told of a request, once vLLM knows what it loads."""
+
+    @staticmethod
+    def request(tokens=3 * 64 + 5, **changed):
+        fields = {
+            "request_id": "r1",
+            "num_prompt_tokens": tokens,
+            "prompt_token_ids": list(range(tokens)),
+            "cache_salt": None,
+            "lora_request": None,
+            "mm_features": [],
+        }
+        return SimpleNamespace(**(fields | changed))
+
+    @pytest.fixture
+    def context(self, tier):
+        context = ReqContext("r1")
+        tier.on_new_request(context)
+        for position, key in enumerate((A, B, C)):
+            context.set_offload_key_position(key, (position + 1) * 64)
+        tier.meet(self.request())
+        return context
+
+    def told(self, tier, device=0, loaded=0, **changed):
+        tier.tell(self.request(**changed), device, loaded)
+        (record,) = tier.node.records
+        return record
+
+    def test_a_miss_with_its_reason(self, tier, context, clock):
+        tier.lookup(A, context)
+        clock.now_s += 0.25
+        record = self.told(tier)
+        assert (record.request_id, record.prompt_tokens, record.keys) == ("r1", 197, [A, B, C])
+        assert [(miss.key, miss.reason) for miss in record.misses] == [(A, MissReason.NOT_PUBLISHED)]
+        assert (record.wait_s, record.separated_by, len(record.tokens_hash)) == (0.25, [], 16)
+
+    def test_it_is_told_once(self, tier, context):
+        """A request that is preempted finds its own chunks later."""
+        self.told(tier)
+        tier.tell(self.request(), 0, 192)
+        tier.on_request_finished(context)
+        assert len(tier.node.records) == 1
+
+    def test_a_hit_that_was_never_fetched_found_the_pool_full(self, tier, context):
+        """The tier says HIT, vLLM has no slot and goes on as if it were a miss."""
+        tier.node.visible = {A}
+        assert tier.lookup(A, context) is HIT
+        assert [miss.reason for miss in self.told(tier).misses] == [MissReason.POOL_FULL]
+
+    def test_a_chunk_that_failed_a_moment_ago_says_with_what(self, tier, context):
+        tier.node.visible = {A}
+        tier.submit_load(job(1, [A], [3], ReqContext("r2")))
+        tier.node.finish(1, [MissReason.PEER_LOST])
+        list(tier.get_finished_jobs())
+        tier.lookup(A, context)
+        (miss,) = self.told(tier).misses
+        assert (miss.reason, miss.detail) == (MissReason.RECENTLY_FAILED, {"failed_with": "peer_lost"})
+
+    def test_too_short_a_run_says_how_short(self, make_tier):
+        tier = make_tier(min_retrieve_tokens=128)
+        tier.node.visible = {A}
+        context = ReqContext("r1")
+        tier.on_new_request(context)
+        context.set_offload_key_position(A, 64)
+        tier.meet(self.request())
+        tier.lookup(A, context)
+        (miss,) = self.told(tier).misses
+        assert miss.detail == {"held_tokens": 64.0, "min_retrieve_tokens": 128.0}
+
+    def test_what_was_found_is_no_miss(self, tier, context):
+        record = self.told(tier, device=64, loaded=128)
+        assert (record.device_tokens, record.loaded_tokens, record.misses) == (64, 128, [])
+
+    def test_chunks_that_vllm_never_asked_for(self, tier, context):
+        assert self.told(tier).misses == []
+
+    def test_a_prompt_below_one_chunk_is_told_of_too(self, tier):
+        """It never reaches a lookup."""
+        tier.on_new_request(ReqContext("r1"))
+        short = self.request(tokens=20)
+        tier.meet(short)
+        tier.tell(short, 0, 0)
+        (record,) = tier.node.records
+        assert (record.prompt_tokens, record.keys, record.tokens_hash) == (20, [], b"")
+
+    def test_what_enters_the_keys_beside_the_tokens(self, tier):
+        context = ReqContext("r1")
+        tier.on_new_request(context)
+        lora = SimpleNamespace(lora_name="french")
+        tier.meet(self.request(cache_salt="secret", lora_request=lora, mm_features=[object()]))
+        record = self.told(tier)
+        assert record.separated_by == ["cache_salt", "lora:french", "multimodal"]
+        assert b"secret" not in link.encode(record)
+
+    def test_equal_texts_have_equal_names_whatever_their_salt(self, tier):
+        hashes = set()
+        for salt in (None, "a"):
+            tier.on_new_request(ReqContext("r1"))
+            tier.meet(self.request(cache_salt=salt))
+            hashes.add(self.told(tier, cache_salt=salt).tokens_hash)
+            tier.node.records.clear()
+            tier.on_request_finished(ReqContext("r1"))
+        assert len(hashes) == 1
+
+    def test_a_request_that_ends_early(self, tier, context):
+        tier.on_request_finished(context)
+        (record,) = tier.node.records
+        assert (record.ended_early, record.prompt_tokens) == (True, 197)
+
+    def test_nothing_stays_behind(self, tier, context):
+        self.told(tier)
+        tier.on_request_finished(context)
+        assert tier._requests == {}
+
+    def test_an_unknown_request_is_ignored(self, tier):
+        tier.meet(self.request())
+        tier.tell(self.request(), 0, 0)
+        assert tier.node.records == []
 
 
 def test_shutdown_ends_the_node(tier):

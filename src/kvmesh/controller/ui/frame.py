@@ -1,65 +1,90 @@
-"""What is common to all pages: title bar with health, colours, width."""
+"""What is common to all pages: the bar on top, the look, and building blocks without a life of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nicegui import ui
+from nicegui.events import GenericEventArguments
 
 from kvmesh.controller.ui.live import Moment
-from kvmesh.controller.ui.units import duration
+from kvmesh.controller.ui.panel import Panel, Value
+from kvmesh.controller.ui.units import duration, some
 
-_STYLE = """
-:root { --km-muted: #5b6472; --km-line: #0000001a; --km-ok: #1b7f4b; --km-warn: #b25b00; --km-bad: #b3261e; }
-.body--dark { --km-muted: #9aa4b2; --km-line: #ffffff1f; --km-ok: #4cc38a; --km-warn: #f0a04b; --km-bad: #ff7b72; }
-body { background: #f6f7f9; } body.body--dark { background: #101418; }
-.nicegui-content { padding: 0; align-items: stretch; }
-.km-card { background: #fff; border: 1px solid var(--km-line); border-radius: 10px; box-shadow: none; }
-.body--dark .km-card { background: #171c22; }
-.km-muted { color: var(--km-muted); }
-.km-ok { color: var(--km-ok); } .km-warn { color: var(--km-warn); } .km-bad { color: var(--km-bad); }
-.km-number { font-variant-numeric: tabular-nums; }
-.km-card .q-table__card, .km-card .q-table { background: transparent; box-shadow: none; }
-.km-card th { color: var(--km-muted); font-weight: 500; }
-"""
+STYLE = Path(__file__).parent / "assets" / "style.css"
+PAGES = (
+    ("/", "Overview"),
+    ("/instances", "Instances"),
+    ("/traffic", "Traffic"),
+    ("/compatibility", "Compatibility"),
+    ("/explain", "Explain"),
+    ("/operations", "Operations"),
+)
 
 
-class Frame:
-    """The title bar of one open page."""
+class TopBar(Panel, component="assets/kvmesh_topbar.js"):
+    """Name, pages, health, theme."""
 
-    def __init__(self) -> None:
-        with ui.header().classes("items-center px-4 py-2 gap-3").style("background: #16324f"):
-            ui.label("kvmesh").classes("text-lg font-semibold")
-            ui.label("controller").classes("text-sm opacity-80 max-sm:hidden")
-            ui.space()
-            self._health = ui.label().classes("text-sm rounded-full px-3 py-0.5 text-white whitespace-nowrap")
-            self._about = ui.label().classes("text-xs opacity-80 whitespace-nowrap")
-
-    def update(self, moment: Moment) -> None:
-        """Show health and age."""
+    def update_moment(self, moment: Moment, path: str) -> None:
+        """Show this moment."""
         health = moment.health
-        self._health.text = "healthy" if not health.problems else f"unhealthy: {len(health.problems)} problem(s)"
-        self._health.style(f"background: {'#1b7f4b' if not health.problems else '#b3261e'}")
-        self._about.text = f"v{health.version} · up {duration(health.uptime_s)}"
+        counts = {
+            "/instances": (len(moment.suspects) + len(moment.corrupt), "warn"),
+            "/compatibility": (len(moment.split_models), "bad"),
+        }
+        pages: list[Value] = []
+        for address, title in PAGES:
+            number, tone = counts.get(address, (0, ""))
+            pages.append({"path": address, "title": title, "count": number, "tone": tone})
+        tone = "bad" if health.problems else "ok"
+        # In minutes, so that it is not sent every second.
+        about = f"kvmesh {health.version}, up for {duration(max(60, health.uptime_s // 60 * 60))}"
+        self.show(
+            pages=pages,
+            path=path,
+            tone=tone,
+            health=some(len(health.problems), "problem") if health.problems else "healthy",
+            about=about,
+        )
 
 
 @contextmanager
-def frame() -> Iterator[Frame]:
-    """A page's body: what is built inside stands below the title bar, at most 1280 pixels wide."""
-    ui.add_css(_STYLE)
-    ui.colors(primary="#1f6feb")
-    made = Frame()
-    with ui.column().classes("w-full max-w-[1280px] mx-auto p-3 sm:p-4 gap-4"):
+def frame(on_visible: Callable[[bool], None]) -> Iterator[TopBar]:
+    """A page's body: what is built inside stands below the bar."""
+    top = TopBar()
+
+    def visible(event: GenericEventArguments) -> None:
+        on_visible(event.args is not False)
+
+    top.on("visible", visible)
+    with ui.element("div").classes("km-main").props("id=km-main tabindex=-1"):
+        yield top
+
+
+@contextmanager
+def card(title: str, note: str = "", *, more: tuple[str, str] | None = None, level: str = "h2") -> Iterator[ui.element]:
+    """A titled box. `more` is the text and address of a link in its corner."""
+    with ui.element("section").classes("km-card") as made:
+        with ui.element("div").classes("km-head"):
+            text(title, level)
+            if note:
+                text(note, "span", "km-muted")
+            if more:
+                ui.link(*more).classes(replace="km-more")
         yield made
 
 
+def text(words: str, tag: str = "p", classes: str = "") -> ui.element:
+    """Plain words in an HTML element."""
+    made = ui.element(tag)
+    made._text = words  # noqa: SLF001 - what ui.label does, which is always a div
+    return made.classes(classes) if classes else made
+
+
 @contextmanager
-def card(title: str, note: str = "") -> Iterator[None]:
-    """A titled box over the full width."""
-    with ui.column().classes("km-card w-full p-3 sm:p-4 gap-2"):
-        with ui.row().classes("items-baseline gap-2"):
-            ui.label(title).classes("text-base font-semibold")
-            if note:
-                ui.label(note).classes("text-xs km-muted")
+def columns(*, wide_left: bool = False) -> Iterator[None]:
+    """Boxes side by side, where there is room."""
+    with ui.element("div").classes("km-two km-wide-left" if wide_left else "km-two"):
         yield

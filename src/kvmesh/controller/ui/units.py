@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NOTHING = "\N{EN DASH}"
+"""Stands where there is no number."""
+
 
 def count(number: float) -> str:
     """1234567 -> 1.23 M."""
@@ -11,6 +14,11 @@ def count(number: float) -> str:
 def size(number_bytes: float) -> str:
     """Bytes in powers of ten, as the log lines have them: 1.5 MB."""
     return _scaled(number_bytes, 1000.0, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def rate(bytes_per_second: float) -> str:
+    """Bytes per second; a dash for none, so that a table of idle routes is calm."""
+    return f"{size(bytes_per_second)}/s" if bytes_per_second >= 1 else NOTHING
 
 
 def duration(seconds: float) -> str:
@@ -36,6 +44,16 @@ def age(seconds: float) -> str:
 def share(part: float | None) -> str:
     """0.123 -> 12 %."""
     return "" if part is None else f"{part * 100:.0f} %"
+
+
+def some(number: int, thing: str, things: str = "") -> str:
+    """1 instance, 2 instances."""
+    return f"{count(number)} {thing if number == 1 else things or thing + 's'}"
+
+
+def listed(names: list[str], shown: int = 3) -> str:
+    """a, b, c and 4 more."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _scaled(number: float, step: float, units: tuple[str, ...]) -> str:
