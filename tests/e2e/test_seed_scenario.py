@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from kvmesh.bench.cluster import complete, metric
+from kvmesh.core.reasons import MissReason
 from kvmesh.models import THIN, make_tiny_llama
+from kvmesh.wire.explain import Explanation
 from support.servers import (
     CHUNK_TOKENS,
     Pair,
@@ -109,6 +112,43 @@ def test_prompts_shorter_than_a_chunk(pair: Pair) -> None:
     again = complete(pair.second.url, token_prompt(200, 400))
     assert again.text == cold.text
     assert pulled(pair.second)[0] == before
+
+
+def explained(pair: Pair, name: str) -> Explanation:
+    """What the controller says of a request of the second instance, by the name that its client gave it."""
+    url = f"{pair.controller.url}/api/v1/explain/{name}"
+    for _ in range(1000):  # the record is on its way from the engine to its node
+        answer = httpx.get(url, params={"instance": "lmcache_instance_2"}, timeout=30)
+        if answer.status_code != httpx.codes.NOT_FOUND:
+            break
+    return msgspec.convert(answer.raise_for_status().json()["explanations"][0], Explanation)
+
+
+def test_every_request_is_explained(pair: Pair) -> None:
+    """Pulled, salted and short requests, by the names their clients gave them: what was found where, and why not the
+    rest.
+    """
+    prompt = token_prompt(1500, 600)
+    chunks = 1500 // CHUNK_TOKENS
+    cold_then_pulled(pair, prompt, max_tokens=2)
+    complete(pair.second.url, prompt, max_tokens=2, request_id="plain")
+    complete(pair.second.url, prompt, max_tokens=2, request_id="salted", cache_salt="tenant-x")
+    complete(pair.second.url, token_prompt(200, 601), max_tokens=2, request_id="short")
+    plain = explained(pair, "plain")
+    assert (plain.found.own_pool, plain.found.peer, plain.causes) == (chunks, 0, []), plain
+    assert (plain.prompt_tokens, plain.tail_tokens) == (1500, 1500 - chunks * CHUNK_TOKENS)
+    salted = explained(pair, "salted")
+    assert salted.separated_by == ["cache_salt"]
+    assert [(cause.reason, cause.chunks) for cause in salted.causes] == [(MissReason.TENANT_SALT, chunks)]
+    short = explained(pair, "short")
+    assert short.causes[0].reason is MissReason.BELOW_ONE_CHUNK
+    rates = httpx.get(f"{pair.second.admin_url}/hit-rates").raise_for_status().json()["since_start"]
+    assert rates["peer_chunks"] >= chunks
+    listed = httpx.get(f"{pair.second.admin_url}/explain").raise_for_status().json()["requests"]
+    pulled_one = next(one for one in listed if one["found"]["peer"] == chunks)
+    assert [(span.where, span.instance_id) for span in explained(pair, pulled_one["request_id"]).spans] == [
+        ("peer", "lmcache_instance_1")
+    ]
 
 
 def test_the_api_finds_the_chunks(pair: Pair) -> None:

@@ -88,7 +88,10 @@ class Inquiries:
         instance = self._registry.instances.get(one.instance_id)
         if instance is None or not one.first_missed_key:
             return None
-        key = bytes.fromhex(one.first_missed_key)
+        try:
+            key = bytes.fromhex(one.first_missed_key)
+        except ValueError:
+            return None
         ours = instance.member
         for group in self._registry.groups.values():
             if group is instance.group or group.format.model_name != ours.format.model_name:

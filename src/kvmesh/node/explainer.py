@@ -50,6 +50,8 @@ class FetchNote(NamedTuple):
 
     part: told.FetchPart
     chunks: dict[bytes, Came]
+    details: dict[MissReason, told.Detail] = {}  # noqa: RUF012  (never changed)
+    """Numbers behind the reasons in it, where there are some."""
 
 
 @dataclass
@@ -211,7 +213,7 @@ class _Case:
         self._found = min(self._number, (record.device_tokens + record.loaded_tokens) // chunk_tokens)
         self._came = {key: came for note in fetches for key, came in note.chunks.items()}
         self._asked = {miss.key: miss for miss in record.misses}
-        self._details: dict[MissReason, told.Detail] = {}
+        self._details = {reason: detail for note in fetches for reason, detail in note.details.items()}
         self.missed_keys = self._keys[self._found :]
 
     def chunks(self) -> Iterator[_Chunk]:

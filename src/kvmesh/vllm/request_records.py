@@ -27,16 +27,18 @@ class RequestState:
 
     positions: Mapping[OffloadKey, int] = field(default_factory=dict)
     """vLLM's own record of the request's keys, in prefix order within a group."""
-    answers: dict[OffloadKey, MissReason | None] = field(default_factory=dict)
-    """What was last answered to vLLM, by key: it asks again at every step while it waits. None is a hit."""
+    counted: set[OffloadKey] = field(default_factory=set)
+    """Keys whose lookup was counted: vLLM asks again at every step while it waits."""
+    missed: dict[OffloadKey, MissReason] = field(default_factory=dict)
+    """Those of them that were no hit the last time."""
     failed: set[OffloadKey] = field(default_factory=set)
     """Chunks that could not be fetched for this request. They stay misses for it, so it is never fetched in circles."""
     details: dict[MissReason, dict[str, str | float]] = field(default_factory=dict)
     """Numbers behind an answer's reason, where there are some."""
     worthwhile: bool | None = None
     """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
-    asked_at_s: float = 0.0
-    """When vLLM first asked; 0 before."""
+    made_at_s: float = 0.0
+    """When vLLM told of the request."""
     facts: RequestFacts | None = None
     told: bool = False
 
@@ -84,13 +86,13 @@ def make_record(
     first_missed = (device_tokens + loaded_tokens) // chunk_tokens
     misses = []
     if first_missed < min(len(keys), facts.prompt_tokens // chunk_tokens):
-        key = keys[first_missed]
-        if key in state.answers:
+        key = OffloadKey(keys[first_missed])
+        if key in state.counted:
             # We said it could be had and it was never fetched: vLLM had no slot of the pool for it.
-            misses.append(_miss(key, state.answers[OffloadKey(key)] or MissReason.POOL_FULL, state))
+            misses.append(_miss(key, state.missed.get(key, MissReason.POOL_FULL), state))
         else:
-            others = (pair for pair in state.answers.items() if pair[1] is not None)
-            misses += [_miss(key, reason, state) for key, reason in islice(others, link.MAX_RECORD_MISSES)]
+            others = islice(state.missed.items(), link.MAX_RECORD_MISSES)
+            misses += [_miss(key, reason, state) for key, reason in others]
     return link.RequestRecord(
         request_id=request_id[:256],
         prompt_tokens=facts.prompt_tokens,
@@ -105,6 +107,5 @@ def make_record(
     )
 
 
-def _miss(key: bytes, reason: MissReason | None, state: RequestState) -> link.Miss:
-    assert reason is not None
+def _miss(key: bytes, reason: MissReason, state: RequestState) -> link.Miss:
     return link.Miss(key, reason, state.details.get(reason, {}))

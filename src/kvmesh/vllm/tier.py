@@ -160,10 +160,13 @@ class PeerTier(SecondaryTierManager):
             if reason is not None:
                 warm.reasons[key] = reason
             return LookupResult.HIT if reason is None else LookupResult.MISS
-        if key not in request.answers:
-            request.asked_at_s = request.asked_at_s or time.monotonic()
+        if key not in request.counted:
+            request.counted.add(key)
             self._metrics.looked_up(reason)
-        request.answers[key] = reason
+        if reason is not None:
+            request.missed[key] = reason
+        elif request.missed:
+            request.missed.pop(key, None)
         return LookupResult.HIT if reason is None else LookupResult.MISS
 
     # -- explanations: called by the connector -------------------------------------------------------------------------
@@ -182,8 +185,6 @@ class PeerTier(SecondaryTierManager):
         if state is None or state.told or state.facts is None:
             return
         state.told = True
-        waited_s = time.monotonic() - state.asked_at_s if state.asked_at_s else 0.0
-        self._note_details(state)
         self._node.record(
             make_record(
                 request.request_id,
@@ -193,14 +194,9 @@ class PeerTier(SecondaryTierManager):
                 device_tokens=device_tokens,
                 loaded_tokens=loaded_tokens,
                 tokens_hash=hash_tokens(request.prompt_token_ids, self._chunk_tokens),
-                wait_s=max(0.0, waited_s),
+                wait_s=max(0.0, time.monotonic() - state.made_at_s),
             )
         )
-
-    def _note_details(self, state: RequestState) -> None:
-        for key, reason in state.answers.items():
-            if reason is MissReason.RECENTLY_FAILED and key in self._failed_until_s:
-                state.details[reason] = {"failed_with": self._failed_until_s[key][1].value}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -214,6 +210,9 @@ class PeerTier(SecondaryTierManager):
         if req_context.get_state(WarmState) is not None:
             return None
         if key in request.failed or self._failed_recently(key):
+            if key in self._failed_until_s:
+                failed_with = self._failed_until_s[key][1].value
+                request.details[MissReason.RECENTLY_FAILED] = {"failed_with": failed_with}
             return MissReason.RECENTLY_FAILED
         if request.worthwhile is None:
             request.worthwhile = self._is_worthwhile(key, req_context)
@@ -249,7 +248,8 @@ class PeerTier(SecondaryTierManager):
     def _request(self, req_context: ReqContext) -> RequestState:
         request: RequestState | None = req_context.get_state(RequestState)
         if request is None:
-            request = RequestState(positions=req_context._offload_key_positions)  # noqa: SLF001  (as above)
+            positions = req_context._offload_key_positions  # noqa: SLF001  (as above)
+            request = RequestState(positions, made_at_s=time.monotonic())
             req_context.set_state(request)
             self._requests[req_context.req_id] = request
         return request

@@ -125,7 +125,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     age_s: Seconds
     """Since the engine knew what it would load, before this answer."""
     wait_s: Seconds
-    """How long the request waited for that: lookups, and the fetches themselves."""
+    """How long the request waited for that: its time in the engine's queue, and its fetches."""
     prompt_tokens: Count
     chunk_tokens: Count
     chunks: Count

@@ -139,7 +139,7 @@ class RequestRecord(Message, frozen=True, kw_only=True):
     misses: Annotated[list[Miss], Meta(max_length=MAX_RECORD_MISSES)] = []
     """Chunks that were asked for and not found, in the order in which they were asked for."""
     wait_s: Seconds = 0.0
-    """Between the first lookup and this record."""
+    """Between the request's arrival at the scheduler and this record: its time in the queue, and its fetches."""
     separated_by: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=8)] = []
     """Beside the tokens, what enters the keys: `cache_salt`, `lora`, `multimodal`."""
     tokens_hash: Annotated[bytes, Meta(max_length=16)] = b""
