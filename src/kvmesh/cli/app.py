@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import kvmesh
+from kvmesh.cli import router as router_commands
 from kvmesh.errors import KVMeshError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(bench_app, name="bench")
+router_commands.register(app, bench_app)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
