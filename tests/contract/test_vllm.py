@@ -104,7 +104,9 @@ ATTRIBUTES = {
     f"{CONNECTOR}.factory": {"KVConnectorFactory": "_registry"},
     f"{CONNECTOR}.v1.offloading_connector": {"OffloadingConnector": "connector_scheduler"},
     f"{CONNECTOR}.v1.offloading.scheduler": {"OffloadingConnectorScheduler": "manager"},
-    "vllm.v1.request": {"Request": "request_id num_prompt_tokens prompt_token_ids cache_salt lora_request mm_features"},
+    "vllm.v1.request": {
+        "Request": "request_id num_prompt_tokens prompt_token_ids cache_salt lora_request mm_features block_hashes"
+    },
     "vllm.lora.request": {"LoRARequest": "lora_name"},
     f"{CONNECTOR}.v1.base": {"KVConnectorRole": "SCHEDULER WORKER"},
     f"{OFFLOAD}.base": {
@@ -129,7 +131,6 @@ ATTRIBUTES = {
     f"{OFFLOAD}.cpu.policies.arc": {"ARCCachePolicy": "t1 t2"},
     "vllm.v1.engine": {"EngineCoreRequestType": "WAKEUP"},
     "vllm.v1.engine.core": {"EngineCoreProc": "input_queue request_block_hasher"},
-    "vllm.v1.request": {"Request": "block_hashes"},
     f"{OFFLOAD}.cpu.policies.base": {"ChunkStatus": "_fields_"},
     f"{OFFLOAD}.cpu.shared_offload_region": {"SharedOffloadRegion": "mmap_path _creator"},
     f"{OFFLOAD}.tiering.base": {"TransferJob": "job_id keys chunk_ids req_context"},

@@ -137,6 +137,26 @@ def demo(
     raise typer.Exit(run_demo(once=once, as_json=as_json, model=model, channel=channel, logs=logs))
 
 
+@app.command("check-sharing")
+def check_sharing(
+    service: Annotated[
+        list[str], typer.Option(help="URL of an engine, or of a host name behind which several are. May be repeated.")
+    ],
+    model: Annotated[str, typer.Option(help="Model name as the engines know it.")],
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the prompt: at least two chunks.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until it is given up.")] = 120.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Send a new prompt to one engine and then to another, and say whether the second pulled it from its peer.
+
+    For running engines, such as two pods: `--service http://engine-1:8000 --service http://engine-2:8000`. Where they
+    ask for an API key, put it into VLLM_API_KEY. The exit status is 1 when nothing was pulled; the reasons are printed.
+    """
+    from kvmesh.cli.sharing import run_check
+
+    raise typer.Exit(run_check(service, model=model, prompt_tokens=prompt_tokens, timeout_s=timeout, as_json=as_json))
+
+
 @config_app.command("check")
 def config_check(
     file: Annotated[Path, typer.Argument(help="YAML file of an instance.")],

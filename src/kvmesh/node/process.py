@@ -116,7 +116,7 @@ class Node:
         self._admin: socket.socket | None = None
         self._closing = threading.Event()
         # As the node before this one had been told. A drain that it was in the middle of has failed with it.
-        self.sharing = Sharing.ON if sharing is Sharing.DRAINING else sharing
+        self.sharing: Sharing = Sharing.ON if sharing is Sharing.DRAINING else sharing
         self.tokenizer = tokenizer
         """Folder of the model's tokenizer; empty when nobody knows."""
         self.control = Control()
