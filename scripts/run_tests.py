@@ -1,6 +1,6 @@
 """Run the stages of the test suite, each in its own process, and say what each took.
 
-    .venv/bin/python scripts/run_tests.py                # unit, fuzz, contract, process, chart, e2e
+    .venv/bin/python scripts/run_tests.py                # unit, fuzz, contract, process, browser, chart, e2e
     .venv/bin/python scripts/run_tests.py unit -x -k tcp # one stage; what starts with a dash goes to pytest
 
 Every stage runs, whatever the ones before gave. The last line counts all stages together.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".test-results"
-STAGES = ("unit", "fuzz", "contract", "process", "chart", "e2e")
+STAGES = ("unit", "fuzz", "contract", "process", "browser", "chart", "e2e")
 NO_TESTS = 5  # pytest's exit status
 
 

@@ -30,6 +30,17 @@ def tagged(*kinds: type) -> st.SearchStrategy[bytes]:
     return st.builds(lambda tag, rest: msgspec.msgpack.encode([tag, *rest]), tags, st.lists(values, max_size=12))
 
 
+def tagged_maps(*kinds: type) -> st.SearchStrategy[bytes]:
+    """The same for messages that are maps, with fields of theirs and others."""
+
+    def make(kind: type, fields: dict[str, object]) -> bytes:
+        return msgspec.msgpack.encode({"type": kind.__name__, **fields})
+
+    names = sorted({name for kind in kinds for name in getattr(kind, "__struct_fields__", ())})
+    fields = st.dictionaries(st.sampled_from(names) | st.text(max_size=8), values, max_size=5)
+    return st.builds(make, st.sampled_from(kinds), fields)
+
+
 def nested() -> st.SearchStrategy[bytes]:
     """Lists in lists in lists, bare or behind a tag."""
     heads = st.sampled_from([b"", b"\x92\xa6GiveUp", b"\x94\xa5Leave\xa1a\xb00000000000000000", b"\x93\xa4Ping\x01"])

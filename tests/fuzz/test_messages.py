@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.effort import fuzz
-from fuzz.inputs import hostile
+from fuzz.inputs import hostile, tagged_maps
 from kvmesh.bench.stand_in import make_key, stand_in_format
 from kvmesh.core.reasons import MissReason
-from kvmesh.wire import control, directory, explain, link, peer
+from kvmesh.wire import control, directory, explain, link, operations, peer
 from kvmesh.wire.causes import make_cause
 from kvmesh.wire.framing import FrameBuffer, FrameError, pack_frame
 from unit.controller.makers import make_keys, make_member
@@ -67,6 +67,32 @@ DIRECTORY = [
         directory.Answer(*WHO, "1" * 16, b"", directory.AskError("busy", "later")),
     )
 ]
+COMMANDS = [
+    operations.ClearChunks(keys=[make_key("a")]),
+    operations.PinChunks(keys=[make_key("a")], seconds=5.0),
+    operations.UnpinChunks(),
+    operations.WarmChunks(keys=[make_key("a"), make_key("b")]),
+    operations.ListHot(limit=5),
+]
+REPORT = operations.Report(
+    state=operations.RunState.PARTLY, chunks_done=1, chunks_total=2, outcomes={"fetched": 1}, keys=[make_key("a")]
+)
+QUESTIONS: list[control.Question] = [
+    control.Ping(),
+    *(control.StartOperation(operation_id="0" * 16, command=command, timeout_s=5.0) for command in COMMANDS),
+    control.TellOperation(operation_id="0" * 16, wait_s=1.0),
+    control.ChangeSharing(sharing=operations.Sharing.DRAINING),
+    control.MakeKeys(tokens=[1, 2, 3], cache_salt="salt"),
+    control.MakeKeys(text="Hello"),
+    control.Inspect(keys=[make_key("a")]),
+]
+REPLIES: list[control.Reply] = [
+    control.Pong(version="1"),
+    control.Told(report=REPORT),
+    control.SharingIs(sharing=operations.Sharing.LEFT, published_chunks=3),
+    control.KeysAre(keys=[make_key("a")], tokens=300),
+    control.Inspected(chunks=[None, control.InspectedChunk(slot=1, generation=3, checksum=b"c" * 16)]),
+]
 FOUND = explain.Found(peer=3, nowhere=1)
 CAUSE = make_cause(MissReason.GATE_REFUSED, 1, 3, "b", {"fetch_s": 2.0, "prefill_s": 0.5})
 EXPLANATION = explain.Explanation(
@@ -92,6 +118,8 @@ EXPLANATION = explain.Explanation(
 )
 PROBE = control.Probe(tokens_hash=b"t" * 16, first_key=make_key("a"), missed_key=make_key("b"))
 CONTROL = [
+    *map(control.encode_question, QUESTIONS),
+    *map(control.encode_reply, REPLIES),
     *(
         control.encode_question(question)
         for question in (
@@ -157,6 +185,10 @@ LINK = [
         link.FetchDone(1, [None, MissReason.STALE], 4096, 0.1, ["b"]),
         link.Visible([make_key("a")], [make_key("b")], reset=True),
         link.Directory(connected=True, ever_connected=True, peers=3),
+        *(link.Operate("0" * 16, command, 5.0) for command in COMMANDS),
+        link.Operated("0" * 16, REPORT),
+        link.MakeKeys(1, [1, 2, 3], "salt"),
+        link.KeysMade(1, [make_key("a")], ""),
     )
 ]
 PEER = [
@@ -217,7 +249,8 @@ def test_peer_messages(decode: object, data: st.DataObject) -> None:
 @fuzz(100)
 def test_questions_and_replies(data: st.DataObject) -> None:
     """ControlError and nothing else; what passes stays what it is."""
-    payload = data.draw(hostile((*get_args(control.AnyQuestion), *get_args(control.AnyReply)), CONTROL))
+    kinds = (*get_args(control.AnyQuestion), *get_args(control.AnyReply))
+    payload = data.draw(hostile(kinds, CONTROL) | tagged_maps(*kinds))
     with contextlib.suppress(control.ControlError):
         ask = directory.Ask(*WHO, "1" * 16, payload, 5.0)
         question = control.decode_question(ask, version="1")
@@ -225,6 +258,14 @@ def test_questions_and_replies(data: st.DataObject) -> None:
         assert control.decode_question(ask, version="1") == question
     with contextlib.suppress(control.ControlError):
         reply = control.decode_reply(payload)
+        assert control.decode_reply(control.encode_reply(reply)) == reply
+
+
+def test_the_original_questions_and_replies_are_valid() -> None:
+    for question in QUESTIONS:
+        ask = directory.Ask(*WHO, "1" * 16, control.encode_question(question), 5.0)
+        assert control.decode_question(ask, version="1") == question
+    for reply in REPLIES:
         assert control.decode_reply(control.encode_reply(reply)) == reply
 
 

@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from kvmesh.bench.stand_in import StandInEngine, make_key, stand_in_format
+from kvmesh.wire import control, operations
 from kvmesh.wire import directory as wire
 from kvmesh.wire.curve import secure_controller
 from support.keys import environment_curve
@@ -112,6 +113,7 @@ def garbage() -> dict[str, bytes]:
         "negative sequence": encode(["Changes", "a", "0" * 16, -1, [], []]),
         "long key": encode(["Changes", "a", "0" * 16, 1, [b"x" * 41], []]),
         "too many keys": encode(["Changes", "a", "0" * 16, 1, [b"x" * 36] * 20_001, []]),
+        "a question to another life": wire.encode(wire.Ask("lied-to", "0" * 16, "1" * 16, b"\xc1", 5.0)),
         "random": secrets.token_bytes(1000),
     }
 
@@ -126,6 +128,37 @@ def test_garbage(capfd: pytest.CaptureFixture[str], controller: FakeController, 
     honest(controller, engine)
     lines = [line for line in capfd.readouterr().err.splitlines() if "malformed message" in line]
     assert 1 <= len(lines) <= 3
+
+
+def test_questions_that_mean_nothing(controller: FakeController, engine: StandInEngine) -> None:
+    """Each gets one answer that says so, a crowd of them is refused, and an engine that cannot obey says that too."""
+    registered = controller.requests[0]
+    assert isinstance(registered, wire.Register)
+    who = ("lied-to", registered.member.incarnation)
+    command = operations.ClearChunks()
+    questions = {
+        "bad_question": [b"", b"\xc1", NESTED, secrets.token_bytes(1000)],
+        "unknown_question": [msgspec.msgpack.encode({"type": "Weather"})],
+        "no_tokenizer": [control.encode_question(control.MakeKeys(text="x"))],
+        "unknown_operation": [control.encode_question(control.TellOperation(operation_id="0" * 16))],
+        "": [control.encode_question(control.StartOperation(operation_id="0" * 16, command=command, timeout_s=5.0))],
+    }
+    controller.welcome([])
+    for code, asked in questions.items():
+        for question in asked:
+            controller.tell(wire.Ask(*who, secrets.token_hex(8), question, 5.0))
+            answer = controller.wait_for(wire.Answer)
+            assert isinstance(answer, wire.Answer)
+            assert (answer.error.code if answer.error else "") == code
+    told = control.encode_question(control.TellOperation(operation_id="0" * 16, wait_s=60.0))
+    controller.tell(wire.Ask(*who, "f" * 16, told, 20.0))
+    answer = controller.wait_for(wire.Answer)
+    assert isinstance(answer, wire.Answer)
+    report = control.decode_reply(answer.reply)
+    assert isinstance(report, control.Told)
+    assert report.report.state is operations.RunState.FAILED, "a stand-in that nobody taught to obey"
+    controller.tell(*(wire.Ask(*who, secrets.token_hex(8), b"\xc1", 5.0) for _ in range(1000)))
+    honest(controller, engine)
 
 
 def test_members_that_cannot_be(controller: FakeController, engine: StandInEngine) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -79,11 +78,20 @@ class Cluster:
         return SimpleNamespace(**ended)
 
 
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]:
+    arguments = ["--heartbeat-interval", "0.2", "--instance-timeout", "2"]
+    with running_controller(tmp_path_factory.mktemp("operations"), arguments=arguments) as running:
+        yield running
+
+
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def cluster(controller: Controller) -> Iterator[Cluster]:
+    """No instances at first; those that the test adds leave at its end."""
     with contextlib.ExitStack() as stack:
-        arguments = ["--heartbeat-interval", "0.2", "--instance-timeout", "2"]
-        yield Cluster(stack.enter_context(running_controller(tmp_path, arguments=arguments)), stack)
+        made = Cluster(controller, stack)
+        yield made
+    wait_for(lambda: not controller.instances())
 
 
 def test_the_life_of_a_cluster(cluster: Cluster) -> None:
@@ -106,6 +114,9 @@ def test_the_life_of_a_cluster(cluster: Cluster) -> None:
         cluster.pools["b"].engine.put([make_key(f"pressure-{index}") for index in range(64)])
     assert cluster.held("b") >= set(KEYS[4:6])
     assert cluster.operate(kind="unpin", instance="b").instances[0]["outcomes"] == {"unpinned": 2}
+    assert cluster.operate(kind="pin", instance="b", keys=HEX[4:5], seconds=0.5).state == "done"
+    wait_for(lambda: cluster.instance("b")["pinned_chunks"] == 1)
+    wait_for(lambda: cluster.instance("b")["pinned_chunks"] == 0)
 
     cluster.add("c")
     moved = cluster.operate(**{"kind": "move", "from": "a", "to": "c", "keys": HEX[:3]})
@@ -127,7 +138,7 @@ def test_the_life_of_a_cluster(cluster: Cluster) -> None:
     assert not cluster.held("b") | cluster.held("c")
     wait_for(lambda: not any(cluster.holders(key) for key in KEYS))
     listed = cluster.http.get("/operations", params={"state": "done"}).json()["operations"]
-    assert [found["kind"] for found in listed] == ["clear", "drain", "move", "unpin", "pin", "warm"]
+    assert [found["kind"] for found in listed[:7]] == ["clear", "drain", "move", "pin", "unpin", "pin", "warm"]
 
 
 def test_drained_and_back(cluster: Cluster) -> None:

@@ -43,8 +43,10 @@ MAX_DELAYS = 20_000
 """Delays that one process keeps; beyond it a random choice of all."""
 ANSWER_S = 30.0
 """A process of the swarm that says nothing for so long is taken for dead."""
-POLL_S = 0.005
-"""Longest wait for news, so that events are sent evenly."""
+TURN_S = 0.005
+"""A process looks at all its connections so often, not more: looking at hundreds of them takes a while, and the
+machine's cores are what is to be measured. Delays are known to so much.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +303,8 @@ class _Worker:
             self._join_some(now_s)
             self._beat_some(now_s)
             self._publish_some(now_s)
-            self._link.poll(self._pause_s())
+            self._link.poll(0.0)
+            time.sleep(max(0.0, TURN_S - (time.monotonic() - now_s)))
 
     def _obey(self) -> bool:
         """Do what we are told. False: end."""
@@ -355,15 +358,6 @@ class _Worker:
             self._event_due_s += 1 / self._events_per_s
             self._turn = (self._turn + 1) % len(self._joined)
             yield self._joined[self._turn]
-
-    def _pause_s(self) -> float:
-        """Until something is to be done."""
-        due = [self._beats[0][0]] if self._beats else []
-        if self._events_per_s:
-            due.append(self._event_due_s)
-        if self._waiting and self._join_due_s is not None:
-            due.append(self._join_due_s)
-        return min(POLL_S, max(0.0, min(due, default=POLL_S + time.monotonic()) - time.monotonic()))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 
 from kvmesh.controller import views
 from kvmesh.controller.lookups import (
+    LOOKUP_EXAMPLES,
     ChunkDetailView,
     LookupRequest,
     describe_chunk,
@@ -57,12 +58,7 @@ def operations_router(context: Context) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_KEPT)] = 100,
     ) -> OperationsView:
         """What was asked for, newest first."""
-        found = [
-            view
-            for view in operator.views()
-            if (state is None or view.state == state) and (kind is None or view.kind == kind)
-        ]
-        return OperationsView(operations=found[:limit])
+        return OperationsView(operations=operator.views(state=state, kind=kind, limit=limit))
 
     @router.get("/operations/{operation_id}")
     async def operation(
@@ -88,7 +84,9 @@ def operations_router(context: Context) -> APIRouter:
         return operator.view(operation_id)
 
     @router.post("/lookup")
-    async def lookup(body: LookupRequest) -> views.LookupView:
+    async def lookup(
+        body: Annotated[LookupRequest, Body(openapi_examples=LOOKUP_EXAMPLES)],
+    ) -> views.LookupView:
         """Who holds the chunks of a prompt (tokens or text), or these keys, and how long the prefix is that can be
         fetched.
         """

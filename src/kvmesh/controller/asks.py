@@ -108,9 +108,11 @@ class Asks:
             failure = self._send(instance.peer, frame)
             if failure is not None:
                 raise ControlError("unreachable", _why_unsent(instance, failure))
-            answer = await asyncio.wait_for(waiting.answer, timeout_s)
-        except asyncio.TimeoutError:
-            raise ControlError("deadline", _why_late(instance, question, timeout_s)) from None
+            # Not `wait_for`, which before Python 3.12 forgets a cancellation that comes together with the answer.
+            done, _ = await asyncio.wait((waiting.answer,), timeout=timeout_s)
+            if not done:
+                raise ControlError("deadline", _why_late(instance, question, timeout_s))
+            answer = waiting.answer.result()
         finally:
             del self._waiting[ask_id]
         if answer.error is not None:

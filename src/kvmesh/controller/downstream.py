@@ -14,6 +14,10 @@ RETRY_S = 0.5
 """Pause after a full socket queue."""
 STALLED_HEARTBEATS = 2
 """So many heartbeats without progress, with old bytes missing, and notices count as lost."""
+MOST_PATIENT = 32
+"""As many for a member that was called lost again and again: what it is sent may be late, not lost, and sending all of
+it once more would make it later still.
+"""
 
 
 class Downstream:
@@ -22,6 +26,7 @@ class Downstream:
     __slots__ = (
         "_blocked_until_s",
         "_due_bytes",
+        "_patience",
         "_stalled",
         "counted",
         "lost",
@@ -30,8 +35,10 @@ class Downstream:
         "sent_bytes",
     )
 
-    def __init__(self, registration: int) -> None:
+    def __init__(self, registration: int, patience: int = STALLED_HEARTBEATS) -> None:
+        """`patience` is the number of heartbeats without progress after which notices count as lost."""
         self.registration = registration
+        self._patience = patience
         self.sent_bytes = 0
         self.received_bytes = 0
         self.counted = False
@@ -69,5 +76,9 @@ class Downstream:
             fine = False  # our Registered has not arrived
         self._stalled = 0 if fine else self._stalled + 1
         self._due_bytes = self.sent_bytes
-        if self._stalled >= STALLED_HEARTBEATS:
+        if self._stalled >= self._patience:
             self.lost = True
+
+    def next_patience(self) -> int:
+        """That of the member's next registration."""
+        return min(MOST_PATIENT, 2 * self._patience) if self.lost else STALLED_HEARTBEATS

@@ -37,6 +37,9 @@ more than two fifths of the loop, and the more there is to send, the more goes i
 """
 SHARED_FRAME_BYTES = 64 * 1024
 """From here on a frame is shared between the queues of its receivers; below, copying it is cheaper."""
+SHARED_BY_MANY_BYTES = 2 * 1024
+MANY_RECEIVERS = 16
+"""For so many receivers from there on: a thousand copies of what waits for slow members would be gigabytes."""
 
 
 class FeedStatistics(NamedTuple):
@@ -203,7 +206,7 @@ class Feed:
         full: set[Peer] = set()
         touched: set[SocketName] = set()
         for send in sends:
-            shared = len(send.frame) >= SHARED_FRAME_BYTES
+            shared = len(send.frame) >= (SHARED_BY_MANY_BYTES if len(send.to) >= MANY_RECEIVERS else SHARED_FRAME_BYTES)
             payload = zmq.Frame(send.frame, copy=False) if shared else send.frame
             bulk = isinstance(send.message, (wire.Changes, wire.Batch, wire.Snapshot))
             for peer in send.to:
@@ -247,9 +250,16 @@ class Feed:
         period_s = min(1.0, self._registry.heartbeat_interval_s / 2)
         while True:
             now_s = self._clock()
-            self.send(self._registry.tick(now_s), now_s)
+            self.send(self._registry.tick(now_s, self._behind_s()), now_s)
             self._owed.set()  # members may have caught up
             await asyncio.sleep(period_s)
+
+    def _behind_s(self) -> float:
+        """How old what waits in our sockets may be: nobody is silent whose words we have not read yet."""
+        intakes = [*self._intakes.values(), self._pull]
+        for intake in intakes:
+            intake.wake()  # an empty socket says so on its next turn
+        return max(0.0, time.monotonic() - min(intake.emptied_at_s for intake in intakes))
 
     async def _send_owed(self) -> None:
         while True:

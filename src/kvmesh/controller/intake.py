@@ -27,6 +27,8 @@ class Intake:
         self._after = after
         self._handle = handle
         self._readable = asyncio.Event()
+        self.emptied_at_s = time.monotonic()
+        """When there was nothing left to be read the last time."""
 
     def wake(self) -> None:
         """Look again. Needed after every send: it may have used up the signal that something can be read."""
@@ -54,6 +56,7 @@ class Intake:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
+                self.emptied_at_s = time.monotonic()
                 self._after()
                 return True
             self._handle(frames)

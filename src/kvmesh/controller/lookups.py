@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, Field
 
 from kvmesh.controller import views
@@ -33,6 +34,16 @@ class LookupRequest(Chunks):
         None, max_length=MAX_LOOKUP_KEYS, description="Chunk keys in hexadecimal, in prefix order."
     )
     format_id: str | None = Field(None, description="Only this format.")
+
+
+LOOKUP_EXAMPLES: dict[str, Example] = {
+    "text": {
+        "summary": "Is this prompt cached, and where?",
+        "value": {"text": "You are a helpful assistant. ...", "cache_salt": "tenant-a"},
+    },
+    "tokens": {"summary": "The same by token ids", "value": {"tokens": [1, 887, 526, 263, 8444, 20255]}},
+    "keys": {"summary": "Some chunks by their keys", "value": {"keys": ["00" * 36], "format_id": None}},
+}
 
 
 class HolderView(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -20,7 +20,15 @@ _PREFIX = "kvmesh_controller_"
 class ControllerMetrics(Collector):
     """Answers scrapes. To be asked in the thread that owns the registry."""
 
-    def __init__(self, registry: Registry, feed: Feed, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        feed: Feed,
+        clock: Callable[[], float],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]] | None = None,
+    ) -> None:
+        """`gauges` are those of other parts: meaning and value by name."""
+        self._gauges = {} if gauges is None else gauges
         self._registry = registry
         self._feed = feed
         self._clock = clock
@@ -44,6 +52,8 @@ class ControllerMetrics(Collector):
         yield from self._hit_rates()
         yield from self._registry_counters()
         yield from self._feed_counters()
+        for name, (meaning, read) in self._gauges.items():
+            yield _gauge(name, meaning, read())
 
     def _members(self) -> Iterator[Metric]:
         registry, now_s = self._registry, self._clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
@@ -166,7 +167,7 @@ class MoveBody(_Body):
 AnyBody = ClearBody | PinBody | UnpinBody | WarmBody | DrainBody | ResumeBody | MoveBody
 OperationBody = Annotated[AnyBody, Field(discriminator="kind")]
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example] = {
     "warm": {
         "summary": "Warm a new instance with what the others used last",
         "value": {"kind": "warm", "instance": "engine-3", "hottest": 500},

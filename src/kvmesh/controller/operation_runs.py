@@ -246,10 +246,12 @@ class Runs:
         was fetched a moment ago may still be on its way to the directory.
         """
         give_up_s = min(until_s, self._clock() + SETTLE_S)
+        missing = list(keys)
         while True:
-            held = [key for key in keys if _held(group, key, without=without, wanted=wanted)]
-            if len(held) == len(keys) or self._clock() >= give_up_s:
-                return held
+            missing = [key for key in missing if not _held(group, key, without=without, wanted=wanted)]
+            if not missing or self._clock() >= give_up_s:
+                lost = set(missing)
+                return [key for key in keys if key not in lost]
             await asyncio.sleep(SETTLE_POLL_S)
 
 

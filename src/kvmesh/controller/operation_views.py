@@ -87,7 +87,7 @@ def operation_view(operation: Operation, now_s: float) -> OperationView:
         created_age_s=max(0.0, now_s - operation.created_s),
         finished_age_s=None if operation.finished_s is None else max(0.0, now_s - operation.finished_s),
         timeout_s=operation.body.timeout_s,
-        request=_request(operation),
+        request=operation.shown,
         chunks_done=done,
         chunks_total=total,
         bytes_done=sum(part.bytes_done for part in parts),
@@ -110,18 +110,6 @@ def _part_view(part: Part) -> PartView:
         note="" if part.error is not None else report.text,
         error=None if part.error is None else ProblemView.of(part.error),
     )
-
-
-def _request(operation: Operation) -> dict[str, object]:
-    shown: dict[str, object] = {}
-    for name, value in operation.body.model_dump(by_alias=True, exclude_none=True).items():
-        if name in ("keys", "tokens"):
-            shown[name] = {"count": len(value)}
-        elif name == "text":
-            shown[name] = {"characters": len(value)}  # prompts are nobody else's business
-        elif name != "cache_salt":
-            shown[name] = value
-    return shown
 
 
 def _summary(operation: Operation, done: int, total: int) -> str:

@@ -7,6 +7,7 @@ it does is in `kvmesh.controller.operation_runs`. Everything here runs on the co
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from collections import OrderedDict
@@ -66,6 +67,11 @@ class Operation:
 
     operation_id: str
     body: AnyBody
+    """Without its keys, tokens and text once the operation has ended: they can be megabytes."""
+    shown: dict[str, object]
+    """The request as people may see it."""
+    digest: bytes
+    """Of the whole request, to know it again."""
     idempotency_key: str | None
     created_s: float
     parts: list[Part] = field(default_factory=list)
@@ -81,12 +87,30 @@ class Operation:
         self.parts.append(made)
         return made
 
+    def forget_chunks(self) -> None:
+        """Let go of what only carrying it out needs."""
+        big = {"keys", "tokens", "text"} & type(self.body).model_fields.keys()
+        self.body = self.body.model_copy(update=dict.fromkeys(big))
+
     def outcome(self) -> RunState:
         """Its state as its parts and its error say."""
         good = any(part.report.state is RunState.DONE or part.report.chunks_done for part in self.parts)
         if self.error is None and all(part.report.state is RunState.DONE for part in self.parts):
             return RunState.DONE
         return RunState.PARTLY if good else RunState.FAILED
+
+
+def show(body: AnyBody) -> dict[str, object]:
+    """A request with counts for long lists. Prompts are nobody else's business: only their lengths stay."""
+    shown: dict[str, object] = {}
+    for name, value in body.model_dump(by_alias=True, exclude_none=True).items():
+        if name in ("keys", "tokens"):
+            shown[name] = {"count": len(value)}
+        elif name == "text":
+            shown[name] = {"characters": len(value)}
+        elif name != "cache_salt":
+            shown[name] = value
+    return shown
 
 
 class Operations:
@@ -104,7 +128,8 @@ class Operations:
 
         Raises ApiError: too many are running, or the idempotency key was used for something else.
         """
-        known = self._find(body, idempotency_key)
+        digest = hashlib.sha256(body.model_dump_json().encode()).digest()
+        known = self._find(digest, idempotency_key)
         if known is not None:
             return known, False
         running = sum(not operation.state.is_final for operation in self)
@@ -112,7 +137,7 @@ class Operations:
             hint = "wait for one to end, or DELETE one"
             raise ApiError(429, "too_many_operations", f"{running} operations are running", hint)
         self._make_room()
-        operation = Operation(secrets.token_hex(8), body, idempotency_key, self._clock())
+        operation = Operation(secrets.token_hex(8), body, show(body), digest, idempotency_key, self._clock())
         self._operations[operation.operation_id] = operation
         if idempotency_key is not None:
             self._by_key[idempotency_key] = operation
@@ -141,12 +166,12 @@ class Operations:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _find(self, body: AnyBody, key: str | None) -> Operation | None:
+    def _find(self, digest: bytes, key: str | None) -> Operation | None:
         if key is None:
-            same = (operation for operation in self if not operation.state.is_final and operation.body == body)
+            same = (operation for operation in self if not operation.state.is_final and operation.digest == digest)
             return next(same, None)
         known = self._by_key.get(key)
-        if known is None or known.body == body:
+        if known is None or known.digest == digest:
             return known
         hint = f"that was operation {known.operation_id}; send another Idempotency-Key"
         raise ApiError(409, "idempotency_conflict", "this Idempotency-Key was used for another request", hint)
@@ -179,6 +204,7 @@ class Operations:
                 part.fail(operation.error or ControlError("failed", "it did not come to its end"))
         operation.state = operation.outcome()
         operation.finished_s = self._clock()
+        operation.forget_chunks()
         operation.ended.set()
         error = operation.error
         log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from kvmesh.controller.asks import Asks
 from kvmesh.controller.carry_out import Commander
@@ -10,7 +11,7 @@ from kvmesh.controller.errors import ApiError
 from kvmesh.controller.operation_bodies import AnyBody, DrainBody, MoveBody, PinBody, WarmBody
 from kvmesh.controller.operation_runs import Runs
 from kvmesh.controller.operation_views import OperationView, operation_view
-from kvmesh.controller.operations import Operation, Operations
+from kvmesh.controller.operations import MAX_KEPT, Operation, Operations
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.selection import Selection, find_instance, is_sharing
 
@@ -35,9 +36,14 @@ class Operator:
         """Raises ApiError when it is not known."""
         return operation_view(self.operations.get(operation_id), self._clock())
 
-    def views(self) -> list[OperationView]:
-        """Newest first."""
-        return [operation_view(operation, self._clock()) for operation in self.operations]
+    def views(self, *, state: str | None = None, kind: str | None = None, limit: int = MAX_KEPT) -> list[OperationView]:
+        """Newest first; only those of a state or a kind, if one is given."""
+        found = (
+            operation
+            for operation in self.operations
+            if state in (None, operation.state.value) and kind in (None, operation.body.kind)
+        )
+        return [operation_view(operation, self._clock()) for operation in islice(found, limit)]
 
     def _check(self, body: AnyBody) -> None:
         if isinstance(body, MoveBody):

@@ -21,7 +21,7 @@ from enum import Enum
 from itertools import count
 
 from kvmesh.controller.activity import Activity
-from kvmesh.controller.downstream import Downstream
+from kvmesh.controller.downstream import STALLED_HEARTBEATS, Downstream
 from kvmesh.controller.fanout import RESYNC_INTERVALS, Fanout, address
 from kvmesh.controller.formats import IncompatibilityLog
 from kvmesh.controller.hit_rates import HitRates
@@ -138,7 +138,8 @@ class Registry:
     def _admit(self, known: Instance | None, member: wire.Member, peer: Peer, now_s: float) -> list[Send]:
         self.counters.registrations += 1
         self.departed.pop((member.instance_id, member.incarnation), None)
-        downstream = Downstream(next(self._registrations))
+        patience = STALLED_HEARTBEATS if known is None else known.downstream.next_patience()
+        downstream = Downstream(next(self._registrations), patience)
         changed = known is None or known.member != member
         if known is None:
             known = self._add(member, peer, downstream, now_s)
@@ -357,8 +358,12 @@ class Registry:
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
-    def tick(self, now_s: float) -> list[Send]:
-        """Find members that have fallen silent. To be called about once per heartbeat interval or more often."""
+    def tick(self, now_s: float, behind_s: float = 0.0) -> list[Send]:
+        """Find members that have fallen silent. To be called about once per heartbeat interval or more often.
+
+        `behind_s` is how old messages may be that have come and were not read yet: a controller that is behind (a
+        thousand members that join at once) must not drop those who wait for it, which would make them join again.
+        """
         elapsed_s = 0.0 if self._last_tick_s is None else now_s - self._last_tick_s
         self._last_tick_s = now_s
         pause_s = elapsed_s - 2 * self.heartbeat_interval_s
@@ -371,7 +376,7 @@ class Registry:
         sends = []
         for instance in list(self.instances.values()):
             silence_s = now_s - instance.last_contact_s
-            if silence_s <= self.instance_timeout_s:
+            if silence_s <= self.instance_timeout_s + behind_s:
                 continue
             self.counters.timeouts += 1
             log(logger, logging.WARNING, "instance_timeout", instance=instance.instance_id, silent_s=silence_s)

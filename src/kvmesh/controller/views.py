@@ -6,8 +6,8 @@ shared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 
 from pydantic import BaseModel, Field
 
@@ -20,7 +20,9 @@ from kvmesh.core.format import FieldDifference, Format
 from kvmesh.core.keys import ChunkKey
 
 MAX_INCOMPATIBLE_LISTED = 50
-"""Per instance. The first ones tell the story; the count is complete."""
+"""Of one instance. The first ones tell the story; the count is complete."""
+FEW_INCOMPATIBLE_LISTED = 5
+"""Of each instance in the list of all, and only those that serve the same model."""
 
 
 class DifferenceView(BaseModel):
@@ -104,7 +106,9 @@ class InstanceView(BaseModel):
     load: LoadView
     statistics: StatisticsView
     incompatible_count: int
-    incompatible_with: list[IncompatibleView] = Field(description=f"The first {MAX_INCOMPATIBLE_LISTED}.")
+    incompatible_with: list[IncompatibleView] = Field(
+        description=f"At most {MAX_INCOMPATIBLE_LISTED}; in the list of all, {FEW_INCOMPATIBLE_LISTED} of one model."
+    )
 
 
 class DepartedView(BaseModel):
@@ -216,8 +220,11 @@ def format_view(kv_format: Format, format_id: str) -> FormatView:
     return FormatView(format_id=format_id, model_name=kv_format.model_name, fields=values)
 
 
-def instance_view(registry: Registry, instance: Instance, now_s: float) -> InstanceView:
-    """One member as it is at `now_s`."""
+def instance_view(
+    registry: Registry, instance: Instance, now_s: float, incompatible: Iterable[Incompatibility] | None = None
+) -> InstanceView:
+    """One member as it is at `now_s`. `incompatible` are those to list, if not the first of all."""
+    listed = incompatible_with(instance, registry.groups) if incompatible is None else incompatible
     member, replica = instance.member, instance.group.replica
     chunks = len(replica.keys_of(instance.instance_id))
     statistics, rates = instance.statistics, instance.rates.rates()
@@ -258,17 +265,25 @@ def instance_view(registry: Registry, instance: Instance, now_s: float) -> Insta
             IncompatibleView(
                 instance_id=pair.theirs, same_model=pair.same_model, fields=_difference_views(pair.differences)
             )
-            for pair in islice(incompatible_with(instance, registry.groups), MAX_INCOMPATIBLE_LISTED)
+            for pair in islice(listed, MAX_INCOMPATIBLE_LISTED)
         ],
     )
 
 
 def instances_view(registry: Registry, now_s: float) -> InstancesView:
     """All members by id, and who has gone."""
-    members = [instance_view(registry, registry.instances[name], now_s) for name in sorted(registry.instances)]
+    members = [
+        instance_view(registry, one, now_s, _few_incompatible(registry, one))
+        for _, one in sorted(registry.instances.items())
+    ]
     return InstancesView(
         instances=members, departed=[_departed_view(gone, now_s) for gone in reversed(registry.departed.values())]
     )
+
+
+def _few_incompatible(registry: Registry, instance: Instance) -> list[Incompatibility]:
+    pairs = takewhile(lambda pair: pair.same_model, incompatible_with(instance, registry.groups))
+    return list(islice(pairs, FEW_INCOMPATIBLE_LISTED))
 
 
 def incompatibility_views(pairs: Sequence[Incompatibility]) -> list[IncompatibilityView]:

@@ -124,8 +124,9 @@ class ControllerClient:
         self._has_left = True
         if self._registered and self._member is not None:
             self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
-        self._registered = False
-        self._set_connected(False)
+        log.info("left the cluster url=%s", self._reply_url)
+        self._registered = self._connected = False
+        self._listener.on_connection(False)
 
     # -- loops ---------------------------------------------------------------------------------------------------------
 

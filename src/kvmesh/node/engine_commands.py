@@ -49,18 +49,32 @@ class EngineCommands:
         """Go on with what is to be done, for some milliseconds at most."""
         if self._operations is None or not self._operations.has_work():
             return
-        for operation_id, report in self._operations.step(time.monotonic()):
+        try:
+            news = self._operations.step(time.monotonic())
+        except Exception as error:  # whatever it is, it must not cost the engine its step
+            self._abandon(self._operations, error)
+            return
+        for operation_id, report in news:
             self._tell(operation_id, report)
 
     def expire_pins(self) -> None:
         """Before anything is evicted."""
-        if self._operations is not None:
+        if self._operations is None:
+            return
+        try:
             self._operations.expire_pins(time.monotonic())
+        except Exception as error:  # as above
+            self._abandon(self._operations, error)
 
     def forget(self) -> None:
         """The pool is thrown away."""
         if self._operations is not None:
             self._operations.forget()
+
+    def _abandon(self, operations: PoolOperations, error: Exception) -> None:
+        log.error("operations failed in an unforeseen way and are given up; the engine goes on", exc_info=error)
+        for operation_id in operations.abandon():
+            self._fail(operation_id, "the engine met an error that nobody foresaw; its log says which")
 
     # -- reading thread ------------------------------------------------------------------------------------------------
 

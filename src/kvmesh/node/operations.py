@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from kvmesh.core.keys import ChunkKey
 from kvmesh.node.tokens import tokenize
 from kvmesh.wire import control
 from kvmesh.wire.control import ControlError
-from kvmesh.wire.operations import MAX_HOT, ClearChunks, Report, RunState, Sharing
+from kvmesh.wire.operations import MAX_HOT, ClearChunks, PinChunks, Report, RunState, Sharing, UnpinChunks, WarmChunks
 
 if TYPE_CHECKING:
     from kvmesh.node.process import Node, NodeListener
@@ -30,6 +31,12 @@ MAX_KEPT = 256
 """Commands that are remembered; the oldest that have ended go first."""
 GRACE_S = 1.0
 """So long after a command's time is up the engine may still say how it ended."""
+EXPIRY_DELAY_S = 0.1
+"""After the end of a pin: it began a moment after the command came."""
+INVENTORIES_S, POLL_S = 5.0, 0.02
+"""So long a warm waits for the inventories of others, when its instance has just joined."""
+KEYS_KEPT_S = 60.0
+"""So long a list of keys can be asked for."""
 LEAVE_DELAY_S = 0.1
 """The answer goes first."""
 WAITING = "waiting for the engine's next step"
@@ -41,6 +48,10 @@ class _Entry:
         self.report = Report(state=RunState.PENDING, text=WAITING)
         self.ended = asyncio.Event()
 
+    def forget_keys(self) -> None:
+        """Half a megabyte that has been told by now."""
+        self.report = msgspec.structs.replace(self.report, keys=[])
+
 
 class NodeOperations:
     """Answers the questions that have to do with operations."""
@@ -49,6 +60,8 @@ class NodeOperations:
         self._node = node
         self._listener = listener
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._making_keys = asyncio.Lock()
+        """One prompt at a time: whoever asks for many cannot take the engine's time for it."""
         self.pinned_chunks = 0
         """As the engine last said."""
         node.control.add(control.StartOperation, self._start)
@@ -66,21 +79,38 @@ class NodeOperations:
         entry.report = report
         if report.state.is_final:
             entry.ended.set()
+        if report.keys:
+            asyncio.get_running_loop().call_later(KEYS_KEPT_S, entry.forget_keys)
 
     async def _start(self, question: control.StartOperation) -> control.Told:
         known = self._entries.get(question.operation_id)
         if known is not None:
             return control.Told(report=self._current(known))
         self._make_room()
-        entry = _Entry(time.monotonic() + question.timeout_s)
+        entry = self._entries[question.operation_id] = _Entry(time.monotonic() + question.timeout_s)
+        if isinstance(question.command, WarmChunks):
+            await self._until_inventories_are_known()
         if not self._listener.operate(question.operation_id, question.command, question.timeout_s):
+            del self._entries[question.operation_id]
             raise ControlError("no_engine", "this node has no engine, so nobody can change its pool")
         if isinstance(question.command, ClearChunks):
             keys = question.command.keys
             self._node.inventory.withdraw(None if keys is None else [ChunkKey(key) for key in keys])
-        self._entries[question.operation_id] = entry
+        if isinstance(question.command, PinChunks):
+            loop = asyncio.get_running_loop()
+            loop.call_later(question.command.seconds + EXPIRY_DELAY_S, self._expire_pins)
         log.info("operation id=%s command=%s", question.operation_id, type(question.command).__name__)
         return control.Told(report=entry.report)
+
+    async def _until_inventories_are_known(self) -> None:
+        """An instance that has just joined would find most chunks nowhere."""
+        until_s = time.monotonic() + INVENTORIES_S
+        while not self._node.knows_all_inventories() and time.monotonic() < until_s:
+            await asyncio.sleep(POLL_S)
+
+    def _expire_pins(self) -> None:
+        """Have the engine look at its pins, also when it is idle, so that what is shown of them is true."""
+        self._listener.operate(secrets.token_hex(8), UnpinChunks(keys=[]), GRACE_S)
 
     def _make_room(self) -> None:
         while len(self._entries) >= MAX_KEPT:
@@ -121,10 +151,11 @@ class NodeOperations:
         if (question.text is None) == (question.tokens is None):
             raise ControlError("bad_question", "either text or tokens")
         tokens = question.tokens
-        if tokens is None:
-            assert question.text is not None
-            tokens = await tokenize(self._node.tokenizer, question.text)
-        keys = await self._listener.make_keys(tokens, question.cache_salt)
+        async with self._making_keys:
+            if tokens is None:
+                assert question.text is not None
+                tokens = await tokenize(self._node.tokenizer, question.text)
+            keys = await self._listener.make_keys(tokens, question.cache_salt)
         if len(keys) > MAX_HOT:
             raise ControlError("too_many_keys", f"the prompt has {len(keys)} chunks; at most {MAX_HOT} can be told")
         return control.KeysAre(keys=keys, tokens=len(tokens))

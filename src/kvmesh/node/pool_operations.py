@@ -200,6 +200,18 @@ class PoolOperations:
         self._pins.clear()
         self._next_expiry_s = float("inf")
 
+    def abandon(self) -> list[str]:
+        """Let everything be as it is, after an error that nobody foresaw. Returns whose commands end by that.
+
+        Chunks that were pinned stay where they are until the pool is reset: their references cannot be trusted.
+        """
+        with self._lock:
+            ended = [entry.operation_id for entry in self._submitted] + [run.operation_id for run in self._runs]
+            self._submitted.clear()
+            self._runs.clear()
+        self.forget()
+        return ended
+
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def _start(self, now_s: float) -> list[News]:

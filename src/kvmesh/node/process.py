@@ -305,6 +305,10 @@ class Node:
         if self._directory is not None:
             self._directory.leave()
 
+    def knows_all_inventories(self) -> bool:
+        """False for the first moments of a member, in which it has not heard of everybody's chunks yet."""
+        return self._connected and all(self.replica.sequence(name) is not None for name in self.replica.members())
+
     def visible_keys(self) -> list[ChunkKey]:
         """What the engine may fetch now."""
         return list(self.replica.keys()) if self.sharing is Sharing.ON else []

@@ -201,6 +201,16 @@ class TestContact:
             cluster.registry.tick(cluster.now_s)
         assert not cluster.registry.instances, "but silence after it is"
 
+    def test_being_behind_is_not_held_against_members(self, cluster, pair):
+        """Heartbeats that have come and wait to be read are no silence."""
+        cluster.registry.tick(cluster.now_s)
+        for _ in range(int(TIMEOUT_S) + 5):
+            cluster.now_s += 1.0
+            assert cluster.registry.tick(cluster.now_s, behind_s=TIMEOUT_S) == []
+        cluster.now_s += 1.0
+        cluster.registry.tick(cluster.now_s)
+        assert not cluster.registry.instances
+
     def test_leaving_is_told(self, cluster, pair):
         a, b = pair
         cluster.send(cluster.registry.on_request(wire.Leave(*a.who), a.peer, cluster.now_s))
@@ -474,6 +484,20 @@ class TestSlowMembers:
         a.notices.pop()
         cluster.pass_time(5)
         cluster.check_converged()
+
+    def test_patience_grows_with_a_member_that_is_called_lost_again_and_again(self, cluster, pair):
+        """What is sent to it may be late, not lost: each time it is waited for twice as long, up to a limit."""
+        a, _ = pair
+        patience = []
+        for _ in range(7):
+            beats = 0
+            while not cluster.registry.instances["a"].downstream.lost:
+                beats += 1
+                beat = wire.Heartbeat(*a.who, a.sequence, wire.NodeStatistics(), registration=10**6)
+                cluster.registry.on_request(beat, a.peer, cluster.now_s)
+            patience.append(beats)
+            cluster.registry.on_request(wire.Register(a.member), a.peer, cluster.now_s)
+        assert patience == [2, 4, 8, 16, 32, 32, 32]
 
     def test_full_queue_for_a_membership_notice_means_lost(self, cluster, pair):
         _, b = pair

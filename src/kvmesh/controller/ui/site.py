@@ -58,6 +58,11 @@ class Site:
 def mount(app: FastAPI, context: Context) -> None:
     """Put the pages under everything that `app` does not answer itself. Once per process: NiceGUI has one state."""
     site = Site(context)
+    context.gauges["pages"] = ("Web pages that are open and seen.", lambda: site.pages.statistics()[0])
+    context.gauges["pages_kept"] = (
+        "Web pages in memory: open, hidden, or left a moment ago.",
+        lambda: site.pages.statistics()[1],
+    )
     questions = explain.Questions(context)
 
     @ui.page("/")
