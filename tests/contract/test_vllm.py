@@ -310,7 +310,7 @@ def test_the_adapters_unit_tests_pass_over_this_version(tree, request, tmp_path)
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tree)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tree), str(ROOT / "src")))},
         capture_output=True,
         text=True,
         timeout=600,

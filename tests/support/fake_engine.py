@@ -4,7 +4,7 @@
 
 Fields of a POST's body: `events` (how many, default 3), `hold_after` (wait for /release before the next event),
 `die_after` (exit after so many events; 0: after the head), `die` (exit before anything), `status` (answer with it),
-`plain` (one JSON answer of a known length instead of a stream).
+`plain` (one JSON answer of a known length instead of a stream), `pad` (bytes in each event).
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class FakeEngine:
                 await self.count("holding")
                 await self.released.wait()
             event = {"number": number, **told} if number == 0 else {"number": number}
+            if "pad" in asked:
+                event["pad"] = "x" * asked["pad"]
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

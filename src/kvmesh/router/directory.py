@@ -23,7 +23,7 @@ from kvmesh.router.metrics import RouterMetrics
 log = logging.getLogger("kvmesh.router")
 
 POLL_INTERVAL_S = 2.0
-POLL_TIMEOUT_S = 5.0
+POLL_TIMEOUT_S = 3.0
 MAX_ANSWER_BYTES = 64 << 20
 MAX_KEYS = 10_000
 """Per lookup: what the controller takes. At 256 tokens per chunk that is 2.5 million tokens."""

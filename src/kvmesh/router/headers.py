@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Iterable
 
 from multidict import CIMultiDict
@@ -38,7 +38,7 @@ def request_id_of(given: str | None) -> str:
     """The client's id if it can stand in a header and a log line, otherwise a new one."""
     if given and _REQUEST_ID.fullmatch(given):
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def request_lines(headers: Iterable[Header], *, request_id: str, client: str | None, scheme: str) -> bytes:

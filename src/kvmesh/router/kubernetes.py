@@ -211,7 +211,7 @@ async def _check(answer: aiohttp.ClientResponse) -> None:
         raise _TooOldError(text[:200])
     hint = ""
     if answer.status in {401, 403}:
-        hint = "; the router's service account needs get, list and watch of pods in this namespace"
+        hint = "; the router's service account needs list and watch of pods in this namespace"
     raise _WatchError(f"status {answer.status} {' '.join(text.split())[:300]}{hint}")
 
 

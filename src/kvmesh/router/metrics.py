@@ -14,6 +14,8 @@ from kvmesh.router.backends import Fleet
 from kvmesh.router.upstream import UpstreamStatistics
 
 _PREFIX = "kvmesh_router_"
+GONE = "gone"
+"""Label of all backends that are no more."""
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -55,6 +57,11 @@ class RouterMetrics:
             buckets=_BUCKETS_S,
             registry=self.registry,
         )
+
+    def forget(self, label: str) -> None:
+        """A backend is gone for good: pods come and go for ever, and each would leave its counters behind."""
+        for key in [key for key in self.requests if key[0] == label]:
+            self.requests[GONE, key[1]] += self.requests.pop(key)
 
     def watch(self, fleet: Fleet, upstream: Callable[[], UpstreamStatistics], clock: Callable[[], float]) -> None:
         """Also export what these know."""

@@ -27,6 +27,8 @@ from kvmesh.router.upstream import Upstream, UpstreamError
 
 MAX_TOKENS_BYTES = 64 << 20
 """Of an answer of /tokenize."""
+LOOKUP_SHARE = 0.8
+"""Of the time-out, for the directory alone."""
 RANK_SUFFIX = "-dp"
 """Between an engine's id and the data-parallel rank, each of which is an instance of its own."""
 
@@ -105,6 +107,8 @@ class OverlapFinder:
         return None, problem
 
     async def _find(self, facts: Facts, candidates: list[BackendState]) -> Overlap:
+        if len(candidates) < 2:
+            raise _UnknownError("no_choice")
         known = self._directory.instances
         if known is None:
             raise _UnknownError("no_directory")
@@ -119,7 +123,8 @@ class OverlapFinder:
         prompt = await self._prompt(facts, rule, candidates)
         if not prompt.keys:
             raise _UnknownError("short")
-        held = await self._directory.lookup(prompt.keys, self._timeout_s)
+        # Less than all of the time, so that a directory that hangs is known as the culprit.
+        held = await self._directory.lookup(prompt.keys, LOOKUP_SHARE * self._timeout_s)
         return overlap_of(prompt, rule.chunk_tokens, members, held)
 
     async def _prompt(self, facts: Facts, rule: HashRule, candidates: Sequence[BackendState]) -> Prompt:

@@ -141,6 +141,7 @@ class Router:
             log.info("backend removed backend=%s address=%s", state.backend.label, state.backend.address)
             self.policy.forget(state.id)
             self.upstream.forget(state.id)
+            self.metrics.forget(state.backend.label)
         for state in new:
             log.info("backend added backend=%s address=%s", state.backend.label, state.backend.address)
         self.metrics.backends_added += len(new)

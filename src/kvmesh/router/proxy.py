@@ -23,9 +23,10 @@ from aiohttp.http import HttpVersion11
 
 from kvmesh.router.answers import RouterError
 from kvmesh.router.backends import BackendState, Fleet
+from kvmesh.router.client_watch import ClientWatch
 from kvmesh.router.headers import answer_headers, request_lines
 from kvmesh.router.load import Ticket
-from kvmesh.router.metrics import RouterMetrics
+from kvmesh.router.metrics import GONE, RouterMetrics
 from kvmesh.router.owners import ResponseOwners
 from kvmesh.router.policies import Choice, Overlap, Policy, Query
 from kvmesh.router.request import BYTES_PER_TOKEN, Facts, text_blocks
@@ -42,6 +43,12 @@ _STATUS |= {"timeout": (504, "backend_timeout"), "malformed": (502, "backend_fai
 
 FindOverlap = Callable[[Facts, list[BackendState]], Awaitable[tuple[Overlap | None, str]]]
 """For the policy `kv`: what of the prompt is held where, or why that is not known."""
+
+
+class _Response(web.StreamResponse):
+    """An answer whose head leaves together with the first part of its body, which is here already."""
+
+    _send_headers_immediately = False  # aiohttp's own Response does the same; without it only a packet more is sent
 
 
 @dataclass(frozen=True)
@@ -227,20 +234,27 @@ class Proxy:
     ) -> web.StreamResponse:
         head = sent.answer.head
         headers = answer_headers(head.headers, request_id=request_id)
-        response = web.StreamResponse(status=head.status, reason=head.reason, headers=headers)
+        response = _Response(status=head.status, reason=head.reason, headers=headers)
         if "Content-Length" not in headers and request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         await response.prepare(request)
         part, ending = sent.first, b""
+        watch = ClientWatch(request, self._settings.idle_timeout_s)
         try:
-            while part:
+            while part and not sent.answer.at_end:
                 ending = part[-2:]
+                watch.writes()
                 await response.write(part)
+                watch.has_written()
                 part = await sent.answer.read(self._settings.idle_timeout_s)
-            await response.write_eof()
+            watch.writes()
+            await response.write_eof(part)  # the last part and the end in one packet
         except UpstreamError as error:
             await self._break_off(request, response, sent, error, ending)
-        self._metrics.requests[sent.state.backend.label, str(head.status)] += 1
+        finally:
+            watch.end()
+        label = GONE if sent.state.draining else sent.state.backend.label
+        self._metrics.requests[label, str(head.status)] += 1
         self._metrics.request_s.observe(self._clock() - started_s)
         return response
 

@@ -6,6 +6,7 @@ goes to an engine all the same, whose own answer says best what is wrong with it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, NamedTuple
 
@@ -22,6 +23,8 @@ MAX_SESSION_CHARACTERS = 256
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
+MODEL = "/v1/models/"
+_MODEL_FIELD = re.compile(rb'name="model"\r\n\r\n([^\r\n]{1,256})\r\n')
 REPEATABLE_POSTS = frozenset(
     {
         COMPLETIONS,
@@ -90,9 +93,8 @@ class Facts(NamedTuple):
     prompt_tokens: int
     """About."""
 
-    @property
-    def model(self) -> str | None:
-        return self.body.model
+    model: str | None
+    """As the body names it, or the path of `/v1/models/NAME`."""
 
     @property
     def is_repeatable(self) -> bool:
@@ -110,9 +112,23 @@ def read_facts(
             decoded = _decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             decoded = _nothing
+    model = decoded.model
+    if model is None:
+        model = _model_elsewhere(path, headers.get("content-type", ""), body)
     session = headers.get(session_header) or decoded.prompt_cache_key or decoded.user
     prompt = decoded.messages or decoded.prompt or decoded.input
-    return Facts(method, path, decoded, session[:MAX_SESSION_CHARACTERS] if session else None, _tokens(bytes(prompt)))
+    session = session[:MAX_SESSION_CHARACTERS] if session else None
+    return Facts(method, path, decoded, session, _tokens(bytes(prompt)), model)
+
+
+def _model_elsewhere(path: str, content_type: str, body: bytes) -> str | None:
+    """The model of a question about a model, and of an upload (audio to be transcribed)."""
+    if path.startswith(MODEL):
+        return path[len(MODEL) :] or None
+    if "multipart/form-data" in content_type:
+        found = _MODEL_FIELD.search(body)
+        return None if found is None else found[1].decode("utf-8", "replace")
+    return None
 
 
 def _tokens(raw: bytes) -> int:

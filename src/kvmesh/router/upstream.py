@@ -195,6 +195,11 @@ class Answer:
         assert self._connection is not None
         return await self._connection.read(timeout_s)
 
+    @property
+    def at_end(self) -> bool:
+        """Whether everything has been read; False where that is not known yet."""
+        return self._connection is not None and self._connection.at_end
+
     def close(self) -> None:
         """May be called more than once."""
         connection, self._connection = self._connection, None
@@ -270,8 +275,12 @@ class _Connection(asyncio.Protocol):
         return data
 
     @property
+    def at_end(self) -> bool:
+        return self._complete and not self._chunks
+
+    @property
     def is_reusable(self) -> bool:
-        return self._complete and self._keep_alive and self._error is None and not self._chunks
+        return self.at_end and self._keep_alive and self._error is None
 
     def rest(self, seconds: float, on_over: Callable[[_Connection], None]) -> bool:
         """Wait for the next request, for so long. False when the connection is closed already."""

@@ -25,6 +25,10 @@ def test_model_session_and_length() -> None:
     assert facts(CHAT, {"user": "u"}, **{"x-session-id": "s"}).session == "s"
     assert facts(COMPLETIONS, {"prompt": [[1, 2, 3]]}).prompt_tokens == 3
     assert facts(COMPLETIONS, {}).session is None
+    assert read_facts("GET", "/v1/models/org/name", {}, b"").model == "org/name"
+    form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x--\r\n'
+    upload = read_facts("POST", "/v1/audio/transcriptions", {"content-type": "multipart/form-data; boundary=x"}, form)
+    assert (upload.model, upload.is_repeatable) == ("whisper", True)
 
 
 @pytest.mark.parametrize(
