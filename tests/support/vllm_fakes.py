@@ -67,6 +67,8 @@ class FakeNode:
         self.segments = list(segments)
         self.log_level = log_level
         self.visible: set[bytes] = set()
+        self.missing: set[bytes] = set()
+        self.asked: list[list[bytes]] = []
         self.state = NodeState(alive=True, directory_connected=True, directory_ever_connected=True, peers=1)
         self.restarts = 0
         self.published: list[tuple[list[int], bool]] = []
@@ -90,6 +92,12 @@ class FakeNode:
 
     def is_visible(self, key: bytes) -> bool:
         return key in self.visible
+
+    def is_known(self, key: bytes) -> bool:
+        return not self.state.asks or key in self.visible or key in self.missing
+
+    def ask(self, keys: Sequence[bytes]) -> None:
+        self.asked.append(list(keys))
 
     def visible_count(self) -> int:
         return len(self.visible)

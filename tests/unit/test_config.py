@@ -24,7 +24,8 @@ from kvmesh.config import (
 )
 from kvmesh.config.foreign import LMCACHE_KEYS, VLLM_KEYS
 from kvmesh.config.model import KEYS, OWN_NAMES
-from kvmesh.config.values import parse_host_port, parse_redis_url, parse_tcp_url
+from kvmesh.config.redis_url import parse_redis_url
+from kvmesh.config.values import parse_host_port, parse_tcp_url
 from kvmesh.errors import ConfigError, ConfigProblem
 
 DATA = Path(__file__).parents[1] / "data"
@@ -357,9 +358,7 @@ class TestCombinations:
             ("instance_timeout_s: 1\n", "instance_timeout_s"),
             ("controller_heartbeat_url: tcp://localhost:8300\n", "controller_heartbeat_url"),
             ("transfer_channel: shm\n", "transfer_channel"),
-            ("lookup_url: localhost:6379\n", "lookup_url"),
-            ("distributed_url: localhost:8200\n", "distributed_url"),
-            ("static_peers: [localhost:8200]\n", "static_peers"),
+            ("controller_heartbeat_url: [localhost:1, localhost:2]\n", "controller_heartbeat_url"),
             ("cluster_key_file: no/such/file\n", "cluster_key_file"),
             ("cluster_key_file: no/such/file\nhost: 10.0.0.1\n", "cluster_key_file"),
         ],

@@ -25,6 +25,8 @@ from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
 
 KEY_BYTES = 36
+ANSWER_S = 1.0
+"""Longest wait for the directory's answer, where one is asked."""
 
 
 def make_key(name: str) -> bytes:
@@ -129,6 +131,7 @@ class StandInEngine:
         local = [key for key in keys if key in self._slots]
         for key in local:
             self._slots.move_to_end(key)
+        self._ask([key for key in keys if key not in self._slots])
         wanted = [key for key in keys if key not in self._slots and self.node.is_visible(key)]
         misses = {MissReason.NOT_PUBLISHED: len(keys) - len(local) - len(wanted)}
         fetched, holders = 0, []
@@ -209,7 +212,13 @@ class StandInEngine:
         """Wait until other instances are known to hold all of `keys`. The handle has no event for it: polled every
         millisecond.
         """
-        return _poll(lambda: all(self.node.is_visible(key) for key in keys), timeout_s)
+
+        def visible() -> bool:
+            if self.node.state.asks:
+                self.node.ask(keys)
+            return all(self.node.is_visible(key) for key in keys)
+
+        return _poll(visible, timeout_s)
 
     def wait_peers(self, count: int, timeout_s: float = 10.0) -> bool:
         """Wait until the node has exactly `count` peers."""
@@ -224,6 +233,12 @@ class StandInEngine:
         self.node.close()
         self.pool.close()
         self.ledger.close()
+
+    def _ask(self, keys: Sequence[bytes]) -> None:
+        """Where the node asks for each request: wait for its answer, as a request that is told to retry."""
+        if self.node.state.asks and keys:
+            self.node.ask(keys)
+            _poll(lambda: all(self.node.is_known(key) for key in keys), ANSWER_S)
 
     def _tell(self, keys: Sequence[bytes], request_id: str) -> None:
         """Tell the node what became of the request, as an engine's connector does. Prefix order is that of `keys`."""

@@ -71,6 +71,13 @@ def controller(
         float | None,
         typer.Option(help="Seconds of silence after which an instance is gone.  [default: from the interval]"),
     ] = None,
+    lookup_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the directory in this Redis (read-only; several may): redis://host:port, host:port, ..."
+        ),
+    ] = None,
+    cluster_name: Annotated[str, typer.Option(help="With --lookup-url: whose part of that Redis.")] = "default",
     insecure: Annotated[bool, typer.Option(help="Bind beyond this machine without a cluster key.")] = False,
     cluster_key_file: Annotated[
         Path | None, typer.Option(help="The key of the cluster; or put the key into KVMESH_CLUSTER_KEY.")
@@ -93,6 +100,8 @@ def controller(
             monitor_ports=monitor_ports,
             heartbeat_interval_s=heartbeat_interval,
             instance_timeout_s=instance_timeout,
+            lookup_url=lookup_url,
+            cluster_name=cluster_name,
             insecure=insecure,
             cluster_key_file=None if cluster_key_file is None else str(cluster_key_file),
             tls_cert_file=None if tls_cert_file is None else str(tls_cert_file),

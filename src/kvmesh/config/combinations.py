@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmesh.config.model import PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, TLS_KEYS, KVMeshConfig
+from kvmesh.config.model import CONTROLLER_URLS, PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, TLS_KEYS, KVMeshConfig
 from kvmesh.config.values import is_loopback, is_wildcard, parse_host_port, show
 from kvmesh.errors import ConfigProblem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from collections.abc import Set as AbstractSet
-
-NOT_AVAILABLE: Mapping[str, str] = {
-    "lookup_url": "a Redis directory",
-    "distributed_url": "a Redis directory",
-    "static_peers": "a list of peers as directory",
-}
-"""Keys that are understood but whose part is not in this version."""
 
 _DIRECTORY_KEYS = (
     "enable_controller",
@@ -56,9 +49,6 @@ def check_combinations(
 
 
 def _impossible(config: KVMeshConfig) -> Iterator[_Finding]:
-    for key, what in NOT_AVAILABLE.items():
-        if getattr(config, key):
-            yield _Finding((key,), f"no {key}, because {what} is not available in this version", "one", "remove it")
     if config.transfer_channel == "shm":
         yield _Finding(
             ("transfer_channel",), "auto, tcp or nixl, because shm is not available in this version", "'shm'"
@@ -106,8 +96,8 @@ def _impossible_sharing(config: KVMeshConfig) -> Iterator[_Finding]:
             ("share", *_DIRECTORY_KEYS),
             "a directory while share is true",
             "none",
-            "set enable_controller with controller_pull_url and controller_reply_url, or set share: false to use the "
-            "host pool alone (lookup_url and static_peers are not available in this version)",
+            "set enable_controller with controller_pull_url and controller_reply_url, or lookup_url (Redis), or "
+            "static_peers; or set share: false to use the host pool alone",
         )
 
 
@@ -120,11 +110,19 @@ def _impossible_controller(config: KVMeshConfig) -> Iterator[_Finding]:
                 f"no {key}",
                 f"set {key}: host:port, or enable_controller: false",
             )
-    urls = {key: getattr(config, f"controller_{key}_url") for key in ("pull", "reply", "heartbeat")}
-    for first, second in (("pull", "reply"), ("pull", "heartbeat"), ("reply", "heartbeat")):
-        if urls[first] is not None and urls[first] == urls[second]:
-            keys = (f"controller_{second}_url", f"controller_{first}_url")
-            yield _Finding(keys, f"another port than {keys[1]}", show(urls[first]))
+    urls = {key: (getattr(config, key) or "").split(",") for key in CONTROLLER_URLS if getattr(config, key)}
+    for key in CONTROLLER_URLS[1:]:
+        pulls = urls.get(CONTROLLER_URLS[0], [])
+        if key in urls and pulls and len(urls[key]) != len(pulls):
+            expected = f"one address for each of the {len(pulls)} in {CONTROLLER_URLS[0]}"
+            yield _Finding((key, CONTROLLER_URLS[0]), expected, str(len(urls[key])))
+    for index, first in enumerate(CONTROLLER_URLS):
+        for second in CONTROLLER_URLS[index + 1 :]:
+            if shared := sorted(set(urls.get(first, ())) & set(urls.get(second, ()))):
+                yield _Finding((second, first), f"another port than {first}", show(shared[0]))
+    for key, given in urls.items():
+        if len(set(given)) < len(given):
+            yield _Finding((key,), "each controller once", show(",".join(given)))
 
 
 def _equal_ports(config: KVMeshConfig) -> Iterator[_Finding]:
@@ -167,8 +165,8 @@ def _doubtful(config: KVMeshConfig) -> Iterator[str]:
         )
     if config.directory != "controller" and (config.controller_pull_url or config.controller_reply_url):
         yield "enable_controller is false: the controller's addresses are not used"
-    if config.enable_controller and config.controller_pull_url is not None:
-        controller_host, _ = parse_host_port(config.controller_pull_url.removeprefix("tcp://"))
+    if config.enable_controller and config.controllers:
+        controller_host, _ = parse_host_port(config.controllers[0].pull.removeprefix("tcp://"))
         if is_loopback(config.advertise_host) and not is_loopback(controller_host):
             yield (
                 f"advertise_host is {config.advertise_host}, which only this machine can reach, and the controller is "

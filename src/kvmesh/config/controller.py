@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from kvmesh.config.cluster_key import find_cluster_key
 from kvmesh.config.model import Port
+from kvmesh.config.redis_url import parse_redis_url
 from kvmesh.config.values import PORT_MAX, is_loopback, parse_host, show
 from kvmesh.errors import ConfigError, ConfigProblem
 
 _FLAG = "--monitor-ports"
 _EXAMPLE = '{"pull": 8300, "reply": 8400, "heartbeat": 8082}'
+_CLUSTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PORT_NAMES = ("pull", "reply", "heartbeat")
 
 
@@ -46,6 +49,9 @@ class ControllerConfig(BaseModel):
     """What the nodes are expected to keep; they have the same key."""
     instance_timeout_s: float = 7.0
     """An instance not heard of for so long is dropped, with its chunks."""
+    lookup_url: str | None = Field(None, repr=False)
+    """A Redis whose directory is shown; None: this controller is the directory."""
+    cluster_name: str = "default"
     insecure: bool = False
     cluster_key: SecretStr | None = None
     """The text of the cluster key; None: loopback only, or `insecure`."""
@@ -93,6 +99,8 @@ def make_controller_config(
     monitor_ports: MonitorPorts | str = DEFAULT_MONITOR_PORTS,
     heartbeat_interval_s: float = 2.0,
     instance_timeout_s: float | None = None,
+    lookup_url: str | None = None,
+    cluster_name: str = "default",
     insecure: bool = False,
     cluster_key_file: str | None = None,
     tls_cert_file: str | None = None,
@@ -107,6 +115,8 @@ def make_controller_config(
         monitor_ports: parsed, or the text of the flag.
         heartbeat_interval_s: seconds between heartbeats of a node.
         instance_timeout_s: None: three heartbeats and a second.
+        lookup_url: a Redis whose directory is to be shown, as in a node's configuration.
+        cluster_name: whose part of that Redis.
         insecure: says that binding beyond loopback without a cluster key is meant.
         cluster_key_file: the file with the cluster key.
         tls_cert_file: certificate for HTTP; goes with its key.
@@ -126,6 +136,14 @@ def make_controller_config(
         host = parse_host(host)
     except ValueError as error:
         problems.append(ConfigProblem("--host", "flag", "a host name or an IP address", show(host), str(error)))
+    try:
+        lookup_url = None if lookup_url is None else parse_redis_url(lookup_url)
+    except ValueError as error:
+        expected = "the address of a Redis, such as redis://host:6379"
+        problems.append(ConfigProblem("--lookup-url", "flag", expected, show(lookup_url), str(error)))
+    if not _CLUSTER_NAME.fullmatch(cluster_name):
+        expected = "letters, digits and . _ -, at most 64"
+        problems.append(ConfigProblem("--cluster-name", "flag", expected, show(cluster_name)))
     if not _is_port(port):
         problems.append(ConfigProblem("--port", "flag", f"a port from 0 to {PORT_MAX} (0: any free one)", show(port)))
     problems += _equal_ports({"--port": port, **{f"{_FLAG} {name}": getattr(ports, name) for name in _PORT_NAMES}})
@@ -167,6 +185,8 @@ def make_controller_config(
         heartbeat_port=ports.heartbeat,
         heartbeat_interval_s=heartbeat_interval_s,
         instance_timeout_s=timeout_s,
+        lookup_url=lookup_url,
+        cluster_name=cluster_name,
         insecure=insecure,
         cluster_key=None if key is None else SecretStr(key),
         tls_cert_file=tls_cert_file,

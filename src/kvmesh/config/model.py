@@ -7,7 +7,7 @@ which is what tests, benchmarks and a node without a directory need.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -22,18 +22,23 @@ from pydantic import (
 
 from kvmesh.config.keys import ConfigRow, KeyInfo, key, read_key
 from kvmesh.config.ranks import ports_for_rank
+from kvmesh.config.redis_url import parse_redis_url
 from kvmesh.config.tls import TlsFiles
-from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_redis_url, parse_tcp_url, split_list
+from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_host_port, parse_tcp_url, split_list
 from kvmesh.errors import ConfigError, ConfigProblem
 
 DirectoryKind = Literal["controller", "redis", "static", "none"]
 TransferChannel = Literal["auto", "tcp", "shm", "nixl"]
 CachePolicyName = Literal["lru", "arc"]
+IndexMode = Literal["replica", "query", "auto"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
 
 PORT_KEYS = ("peer_port", "lookup_port", "admin_port")
 """Keys that take one port, or a list with one port per data-parallel rank."""
+
+CONTROLLER_URLS = ("controller_pull_url", "controller_reply_url", "controller_heartbeat_url")
+"""Keys that take one address, or one for each of several controllers."""
 
 TLS_KEYS = ("tls_cert_file", "tls_key_file", "tls_ca_file")
 
@@ -48,7 +53,16 @@ _GIB = 1024**3
 _BOOL = "true or false"
 _PORT = f"a port from 0 to {PORT_MAX} (0: any free one), or a list of them, one per data-parallel rank"
 _TCP_URL = "host:port or tcp://host:port"
+_TCP_URLS = f"{_TCP_URL}, or several of them"
 _SECONDS = "a number of seconds above 0"
+
+
+class ControllerUrls(NamedTuple):
+    """The sockets of one controller."""
+
+    pull: str
+    reply: str
+    heartbeat: str | None
 
 
 class KVMeshConfig(BaseModel):
@@ -108,11 +122,19 @@ class KVMeshConfig(BaseModel):
         allowed=_BOOL,
         aliases=("enable_p2p",),
     )
+    distributed_url: str | None = key(
+        None,
+        "Address and port of the node in one, as LMCache's files with a lookup server have it: the default of host and "
+        "peer_port.",
+        allowed=_TCP_URL,
+        shown_default="none",
+    )
     host: str = key(
-        "127.0.0.1",
+        lambda data: _host_and_port(data)[0],
         "Address the node binds.",
         allowed="a host name or an IP address",
         aliases=("p2p_host",),
+        shown_default="that of distributed_url, else 127.0.0.1",
     )
     advertise_host: str = key(
         lambda data: data.get("host", "127.0.0.1"),
@@ -121,10 +143,11 @@ class KVMeshConfig(BaseModel):
         shown_default="the value of host",
     )
     peer_port: Port = key(
-        0,
+        lambda data: _host_and_port(data)[1],
         "Port for peers: handshake and chunks.",
         allowed=_PORT,
         aliases=("p2p_init_ports", "p2p_init_port", "peer_init_ports"),
+        shown_default="that of distributed_url, else any free one",
     )
     lookup_port: Port | None = key(
         None,
@@ -180,21 +203,22 @@ class KVMeshConfig(BaseModel):
     # Sharing: how we find peers
     controller_pull_url: str | None = key(
         None,
-        "The controller's event socket (`pull` of its --monitor-ports).",
-        allowed=_TCP_URL,
+        "The controller's event socket (`pull` of its --monitor-ports). Several controllers: a list; all of them are "
+        "told everything, and losing one loses nothing.",
+        allowed=_TCP_URLS,
         aliases=("controller_url",),
         shown_default="none",
     )
     controller_reply_url: str | None = key(
         None,
-        "The controller's request socket (`reply` of its --monitor-ports).",
-        allowed=_TCP_URL,
+        "The controller's request socket (`reply` of its --monitor-ports); as many as controller_pull_url has.",
+        allowed=_TCP_URLS,
         shown_default="none",
     )
     controller_heartbeat_url: str | None = key(
         None,
-        "The controller's heartbeat socket, if it has one; else heartbeats go to the event socket.",
-        allowed=_TCP_URL,
+        "The controller's heartbeat socket, if it has one; else heartbeats go to the request socket.",
+        allowed=_TCP_URLS,
         shown_default="none",
     )
     enable_controller: bool = key(
@@ -205,22 +229,37 @@ class KVMeshConfig(BaseModel):
     )
     lookup_url: str | None = key(
         None,
-        "Redis or Valkey as directory. Not available in this version.",
-        allowed="redis://..., rediss://... or host:port",
+        "Redis or Valkey as directory (docs/directory.md has all forms of the address).",
+        allowed="host:port, redis://, rediss://, redis+cluster:// or redis+sentinel://...",
         shown_default="none",
         repr=False,  # may hold a password
     )
-    distributed_url: str | None = key(
-        None,
-        "Own address as announced through Redis. Not available in this version.",
-        allowed=_TCP_URL,
-        shown_default="none",
+    cluster_name: str = key(
+        "default",
+        "Name of this cluster in a Redis that others use too. Instances see only those of the same cluster_name.",
+        allowed="letters, digits and . _ -, at most 64",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     static_peers: tuple[str, ...] = key(
         (),
-        "Peers to ask without any directory. Not available in this version.",
+        "Peers to follow without any directory, by their peer_port; one name may stand for several. With a directory: "
+        "whom to follow when it is gone for long.",
         allowed=f"a list of {_TCP_URL}",
         shown_default="none",
+    )
+    index_mode: IndexMode = key(
+        "auto",
+        "How this instance knows who holds what. replica: it is told everything, and a lookup reads its own memory. "
+        "query: it asks the directory once per request, which suits thousands of instances. auto: replica, until "
+        "others hold more chunks than replica_max_chunks.",
+        allowed="replica, query or auto",
+    )
+    replica_max_chunks: int = key(
+        2_000_000,
+        "With index_mode auto: beyond so many chunks of others the directory is asked. A chunk takes about 0.3 kB in "
+        "node and engine together.",
+        allowed="a whole number of chunks above 0",
+        gt=0,
     )
     heartbeat_interval_s: float = key(
         2.0,
@@ -314,7 +353,7 @@ class KVMeshConfig(BaseModel):
             raise ValueError("true and false mean nothing for this key")
         return value
 
-    @field_validator("cache_policy", "transfer_channel", "log_level", mode="before")
+    @field_validator("cache_policy", "transfer_channel", "index_mode", "log_level", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.strip().lower() if isinstance(value, str) else value
@@ -336,10 +375,20 @@ class KVMeshConfig(BaseModel):
     def _host(cls, value: str) -> str:
         return parse_host(value)
 
-    @field_validator("controller_pull_url", "controller_reply_url", "controller_heartbeat_url", "distributed_url")
+    @field_validator("distributed_url")
     @classmethod
     def _tcp_url(cls, value: str | None) -> str | None:
         return None if value is None else parse_tcp_url(value)
+
+    @field_validator(*CONTROLLER_URLS, mode="before")
+    @classmethod
+    def _join(cls, value: object) -> object:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) and value else value
+
+    @field_validator(*CONTROLLER_URLS)
+    @classmethod
+    def _tcp_urls(cls, value: str | None) -> str | None:
+        return None if value is None else ",".join(parse_tcp_url(url) for url in _split_urls(value))
 
     @field_validator("lookup_url")
     @classmethod
@@ -377,6 +426,13 @@ class KVMeshConfig(BaseModel):
         if self.lookup_url is not None:
             return "redis"
         return "static" if self.static_peers else "none"
+
+    @property
+    def controllers(self) -> list[ControllerUrls]:
+        """The controllers to join, all of them."""
+        pull, reply, heartbeat = (_split_urls(getattr(self, key) or "") for key in CONTROLLER_URLS)
+        beats = [*heartbeat, *(None for _ in pull)]
+        return [ControllerUrls(*urls) for urls in zip(pull, reply, beats, strict=False)]  # as many: check_combinations
 
     @property
     def fetches(self) -> bool:
@@ -438,6 +494,18 @@ class KVMeshConfig(BaseModel):
             ConfigRow(name, _plain(getattr(self, name)), self.sources.get(name, "default"), info.meaning)
             for name, info in KEYS.items()
         ]
+
+
+def _host_and_port(data: Mapping[str, object]) -> tuple[str, int]:
+    """Where the node binds unless told: where `distributed_url` says, else on loopback on any free port."""
+    url = data.get("distributed_url")
+    return parse_host_port(url.removeprefix("tcp://")) if isinstance(url, str) else ("127.0.0.1", 0)
+
+
+def _split_urls(value: str) -> list[str]:
+    """The addresses in a value, in order."""
+    found = split_list(value)
+    return [str(url) for url in found] if isinstance(found, list) else []
 
 
 def _plain(value: object) -> str | int | float | bool | list[str] | None:

@@ -17,7 +17,6 @@ _SECRET_PARAMETER = re.compile(r"([?&](?:password|token|secret|key)=)[^&#\s]*", 
 _HOST_NAME = re.compile(
     r"^(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$"
 )
-_REDIS_SCHEMES = ("redis", "rediss")
 
 
 def mask_secrets(text: str) -> str:
@@ -96,18 +95,6 @@ def parse_tcp_url(text: str) -> str:
     if separator and scheme != "tcp":
         raise ValueError(f"the scheme {scheme!r} is not supported, only tcp")
     return f"tcp://{format_host_port(*parse_host_port(rest.rstrip('/')))}"
-
-
-def parse_redis_url(text: str) -> str:
-    """`redis://`, `rediss://` or plain `host:port`, made into a URL. The part after host and port is kept as it is."""
-    scheme, separator, rest = text.strip().partition("://")
-    if not separator:
-        return f"redis://{format_host_port(*parse_host_port(scheme))}"
-    if scheme not in _REDIS_SCHEMES:
-        raise ValueError(f"the scheme {scheme!r} is not supported, only {' and '.join(_REDIS_SCHEMES)}")
-    if not rest.rpartition("@")[2].partition("/")[0]:
-        raise ValueError("the host is missing")
-    return f"{scheme}://{rest}"
 
 
 def split_list(value: object) -> object:

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--heartbeat-interval", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--instance-timeout", type=float, default=None, metavar="SECONDS")
+    parser.add_argument("--lookup-url", metavar="URL", help="show the directory in this Redis (read-only)")
+    parser.add_argument("--cluster-name", default="default", help="whose part of that Redis (default: default)")
     parser.add_argument("--insecure", action="store_true", help="bind beyond this machine without a cluster key")
     parser.add_argument("--cluster-key-file", metavar="FILE", help="the key of the cluster (or KVMESH_CLUSTER_KEY)")
     parser.add_argument("--tls-cert-file", metavar="FILE", help="certificate (PEM): HTTPS instead of HTTP")
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 monitor_ports=given.monitor_ports,
                 heartbeat_interval_s=given.heartbeat_interval,
                 instance_timeout_s=given.instance_timeout,
+                lookup_url=given.lookup_url,
+                cluster_name=given.cluster_name,
                 insecure=given.insecure,
                 cluster_key_file=given.cluster_key_file,
                 tls_cert_file=given.tls_cert_file,

@@ -27,6 +27,7 @@ from kvmesh.controller.formats import incompatibilities as incompatibilities_of
 from kvmesh.controller.lookups import lookup_keys
 from kvmesh.controller.metrics import ControllerMetrics
 from kvmesh.controller.operator import Operator
+from kvmesh.controller.redis_watch import RedisWatch
 from kvmesh.controller.registry import Registry
 
 ENDPOINTS = (
@@ -63,6 +64,9 @@ class Context:
     gauges: dict[str, tuple[str, Callable[[], float]]] = field(default_factory=dict, repr=False)
     """What other parts want on /metrics: meaning and value by name."""
 
+    watch: RedisWatch | None = None
+    """Reads the directory that is shown from Redis; None when this controller is the directory."""
+
     @cached_property
     def operator(self) -> Operator:
         """Carries out operations; made when it is first needed."""
@@ -77,6 +81,7 @@ class Context:
             uptime_s=max(0.0, self.clock() - self.started_at_s),
             instances=len(self.registry.instances),
             problems=problems,
+            directory_problem="" if self.watch is None else self.watch.problem,
         )
 
 

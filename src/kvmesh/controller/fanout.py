@@ -71,7 +71,7 @@ class Fanout:
 
     def add(self, instance_id: str, group: FormatGroup) -> None:
         """A newcomer: everybody of the group waits for its inventory before it gets a change of it."""
-        self._owed[instance_id] = set(group.members)
+        self._owed[instance_id] = {name for name, member in group.members.items() if not member.asks}
 
     def remove(self, instance_id: str, group: FormatGroup) -> None:
         """A member has gone. What it had published and is held still goes out; nobody minds it."""
@@ -81,12 +81,16 @@ class Fanout:
 
     def owe(self, publisher: Instance, instance_id: str) -> None:
         """This member has missed something of the publisher."""
+        if self._instances[instance_id].asks:
+            return
         self._owed[publisher.instance_id].add(instance_id)
 
     def owe_all(self, instance: Instance) -> None:
-        """This member begins anew."""
+        """This member begins anew; who asks instead of following is owed nothing."""
         for publisher in instance.group.members:
-            if publisher != instance.instance_id:
+            if instance.asks:
+                self._owed[publisher].discard(instance.instance_id)
+            elif publisher != instance.instance_id:
                 self._owed[publisher].add(instance.instance_id)
 
     # -- changes -------------------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ class Fanout:
         parts: defaultdict[frozenset[str], list[Instance]] = defaultdict(list)
         """Members by the publishers that they get nothing of."""
         for instance_id, instance in group.members.items():
-            if instance.downstream.lost:
+            if instance.downstream.lost or instance.asks:
                 continue
             if not instance.downstream.open(now_s):
                 self._counters.held_back += 1
@@ -156,7 +160,7 @@ class Fanout:
             owed -= {other for other in owed if self._instances[other].downstream.open(now_s)}
         receivers = []
         for instance_id, other in publisher.group.members.items():
-            if other is publisher or instance_id in owed or other.downstream.lost:
+            if other is publisher or other.asks or instance_id in owed or other.downstream.lost:
                 continue
             if other.downstream.open(now_s):
                 receivers.append(other)

@@ -59,6 +59,8 @@ class Instance:
     behind_at: int | None = None
     behind_since_s: float | None = None
     """Since when a heartbeat's sequence number has been ahead of `behind_at`, ours."""
+    asks: bool = False
+    """It asks who holds a chunk, and is told no inventories."""
     corrupt_chunks: int = 0
     """Chunks that others report to have got from this member with wrong bytes."""
     rates: RateMeter = field(default_factory=RateMeter)

@@ -19,9 +19,11 @@ import uvicorn
 
 from kvmesh import __version__
 from kvmesh.config import ControllerConfig
+from kvmesh.config.redis_url import parse_redis_target
 from kvmesh.config.values import format_host_port
 from kvmesh.controller.feed import Feed
 from kvmesh.controller.log import log
+from kvmesh.controller.redis_watch import RedisWatch
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import Sockets, open_sockets
 from kvmesh.errors import StartupError
@@ -87,7 +89,11 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
         instance_timeout_s=config.instance_timeout_s,
     )
     feed = Feed(registry, sockets)
-    context = Context(registry, feed, token=None if key is None else key.http_token())
+    watch = None
+    if config.lookup_url is not None:
+        target = parse_redis_target(config.lookup_url)
+        watch = RedisWatch(target, cluster_name=config.cluster_name, key=key, registry=registry)
+    context = Context(registry, feed, watch=watch, token=None if key is None else key.http_token())
     app = create_app(context)
     mount(app, context)
     server = _Server(
@@ -107,9 +113,13 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop, number)
     feed.start()
+    watching = None if watch is None else asyncio.create_task(watch.run())
     try:
         await server.serve(sockets=[sockets.http])
     finally:
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
         await feed.stop()
         log(logger, logging.INFO, "stopped", instances=len(registry.instances))
 

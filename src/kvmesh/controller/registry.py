@@ -95,11 +95,26 @@ class Registry:
         if isinstance(request, wire.SnapshotRequest):
             self._owe_snapshot(request, peer)
             return []
+        if isinstance(request, wire.Query):
+            return self._answer(request, now_s)
         instance = self._life(request.instance_id, request.incarnation, now_s)
         if instance is None or not isinstance(request, wire.Leave):
             return []
         log(logger, logging.INFO, "instance_left", instance=instance.instance_id, incarnation=instance.incarnation)
         return self._remove(instance, "left", now_s)
+
+    def _answer(self, query: wire.Query, now_s: float) -> list[Send]:
+        """Who holds what is asked for; strangers get no answer, and register."""
+        asking = self._life(query.instance_id, query.incarnation, now_s)
+        if asking is None:
+            return []
+        replica, places = asking.group.replica, dict[str, int]()
+        holders = []
+        for key in query.keys:
+            names = [name for name in replica.holders(key) if name != asking.instance_id][: wire.MAX_HOLDERS]
+            holders.append([places.setdefault(name, len(places)) for name in names])
+        named = [(name, self.instances[name].incarnation) for name in places]
+        return self._broadcast(wire.Holders(query.number, named, holders), [asking])
 
     def _owe_snapshot(self, request: wire.SnapshotRequest, peer: Peer) -> None:
         publisher = self.instances.get(request.instance_id)
@@ -133,9 +148,11 @@ class Registry:
             return self._refuse("connection_in_use", text, member, peer, now_s)
         if known is None and len(self.instances) >= MAX_INSTANCES:
             return self._refuse("too_many_instances", f"the limit is {MAX_INSTANCES} instances", member, peer, now_s)
-        return sends + self._admit(known, member, peer, now_s)
+        return sends + self._admit(known, member, peer, now_s, asks=request.asks)
 
-    def _admit(self, known: Instance | None, member: wire.Member, peer: Peer, now_s: float) -> list[Send]:
+    def _admit(
+        self, known: Instance | None, member: wire.Member, peer: Peer, now_s: float, *, asks: bool
+    ) -> list[Send]:
         self.counters.registrations += 1
         self.departed.pop((member.instance_id, member.incarnation), None)
         patience = STALLED_HEARTBEATS if known is None else known.downstream.next_patience()
@@ -145,7 +162,7 @@ class Registry:
             known = self._add(member, peer, downstream, now_s)
         self._by_peer.pop(known.peer, None)
         self._by_peer[peer] = known
-        known.member, known.peer, known.downstream = member, peer, downstream
+        known.member, known.peer, known.downstream, known.asks = member, peer, downstream, asks
         known.last_contact_s = known.resynced_at_s = now_s
         known.upload_part_at_s = known.behind_since_s = None
         self._fanout.owe_all(known)

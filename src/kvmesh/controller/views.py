@@ -212,6 +212,10 @@ class HealthView(BaseModel):
     uptime_s: float
     instances: int
     problems: list[str]
+    directory_problem: str = Field(
+        "",
+        description="With --lookup-url: what is wrong with the Redis whose directory is shown; empty when all is well.",
+    )
 
 
 def format_view(kv_format: Format, format_id: str) -> FormatView:

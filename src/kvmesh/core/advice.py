@@ -89,9 +89,14 @@ _ADVICE: dict[MissReason, Advice] = {
         "Look at the request that failed first; this one only avoids waiting for the same failure (negative_cache_s).",
     ),
     MissReason.NO_DIRECTORY: Advice(
-        "No directory has been reached since this node started, so nothing is known of other instances.",
-        "Start the controller, or correct controller_pull_url and controller_reply_url; see that the ports can be "
-        "reached from this machine and that both have the same cluster key.",
+        "The directory cannot be reached, so nothing is known of what other instances have computed lately.",
+        "Start the controller or Redis, or correct controller_pull_url and controller_reply_url, or lookup_url; see "
+        "that the ports can be reached from this machine and that both sides have the same cluster key or password. "
+        "The node's /healthz names the trouble (directory_problem).",
+    ),
+    MissReason.DIRECTORY_SLOW: Advice(
+        "The directory was asked who holds the chunk and did not answer within a moment, so the engine computed it.",
+        "Look at the directory's load and at the network between; or let nodes hold a replica (index_mode: replica).",
     ),
     MissReason.NODE_DOWN: Advice(
         "The engine's node process was not running; it is started again by itself.",

@@ -9,11 +9,10 @@ with its holder while that holder has the next chunk: long runs cost fewer reque
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.reasons import MissReason
-from kvmesh.core.replica import Replica
 
 
 class FetchItem(NamedTuple):
@@ -37,9 +36,16 @@ class Plan(NamedTuple):
     refused: tuple[tuple[FetchItem, MissReason], ...]
 
 
+class HolderIndex(Protocol):
+    """Says who holds what: a replica, or what a directory has answered."""
+
+    def holders(self, key: bytes) -> tuple[str, ...]:
+        """Instance ids; empty when nobody is known to hold it."""
+
+
 def plan_fetch(
     items: Sequence[FetchItem],
-    replica: Replica,
+    replica: HolderIndex,
     *,
     usable: Callable[[str], MissReason | None],
     load_bytes: Callable[[str], int],

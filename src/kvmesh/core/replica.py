@@ -231,6 +231,15 @@ class Replica:
                 return index
         return len(keys)
 
+    def clear_inventories(self) -> Applied:
+        """Forget what everybody holds; members stay, and wait for snapshots."""
+        vanished = list(self._masks)
+        self._masks.clear()
+        for member in self._members.values():
+            member.keys, member.quarantined = set(), set()
+            member.sequence = member.snapshot = None
+        return Applied([], vanished)
+
     def keys_of(self, instance_id: str) -> AbstractSet[ChunkKey]:
         """The inventory of one instance; empty for strangers."""
         member = self._members.get(instance_id)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvmesh.core.keys import ChunkKey
 from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot, UseReport
 
 
@@ -26,12 +25,6 @@ class DirectoryListener(Protocol):
 
     def on_snapshot(self, part: Snapshot) -> bool: ...
 
-    def take_inventory(self) -> list[ChunkKey]:
-        """Everything published now; pending changes are part of it and need not be sent any more."""
-
-    def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
-        """Up to `limit` added and removed keys that were not sent yet."""
-
     def statistics(self) -> NodeStatistics: ...
 
     def take_use_report(self, *, whole: bool) -> UseReport | None:
@@ -46,11 +39,25 @@ class DirectoryListener(Protocol):
 class DirectoryClient(Protocol):
     """A node's connection to a directory. It reconnects for ever by itself and never raises into its caller."""
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with the directory now, in words; empty when all is well."""
+
     async def run(self, member: Member) -> None:
         """Join as `member` and serve until cancelled; then leave."""
 
     def changes_pending(self) -> None:
-        """`take_changes` has something new. Called on the event loop."""
+        """The outbox has something new. Called on the event loop."""
+
+    def follow_inventories(self, wanted: bool) -> None:
+        """Whether the listener is to hear what others hold. If not, `ask` says it chunk by chunk; may be called before
+        and while `run` runs.
+        """
+
+    async def ask(self, keys: Sequence[bytes]) -> dict[bytes, list[tuple[str, str]]] | None:
+        """Who holds each of `keys`, as (instance id, incarnation), without those that nobody holds; None when the
+        directory cannot be asked now. One round trip; the caller sees to a deadline.
+        """
 
     def leave(self) -> None:
         """Be a member no longer, and stay away for good."""

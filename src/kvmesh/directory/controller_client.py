@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 
 import zmq
 import zmq.asyncio
 
 from kvmesh.directory.base import DirectoryListener
 from kvmesh.directory.handshakes import Handshakes
+from kvmesh.directory.outbox import Outbox
 from kvmesh.logs import LogLimiter
 from kvmesh.wire import directory as wire
 from kvmesh.wire.auth import ClusterKey
@@ -37,6 +38,7 @@ SHORTEST_INTERVAL_S, LONGEST_INTERVAL_S = 0.05, 60.0
 SEND_QUEUE_FRAMES = 1000
 """Beyond so many unsent frames events are dropped; the gap then asks for a snapshot."""
 SNAPSHOT_RETRY_S = 1.0
+MAX_QUESTIONS = 1000
 REGISTER_RETRY_S = 0.25
 
 
@@ -51,9 +53,11 @@ class ControllerClient:
         heartbeat_url: str | None,
         heartbeat_interval_s: float,
         listener: DirectoryListener,
+        outbox: Outbox,
         cluster_key: ClusterKey | None = None,
     ) -> None:
         self._listener = listener
+        self._outbox = outbox
         self._interval_s = heartbeat_interval_s
         self._context = zmq.asyncio.Context()
         self._curve = None if cluster_key is None else CurveKeys.derive(cluster_key)
@@ -80,6 +84,10 @@ class ControllerClient:
         """When a snapshot of an instance was last asked for."""
         self._pending = asyncio.Event()
         self._refusal = ""
+        self._asks = False
+        self._number = 0
+        self._questions: dict[int, asyncio.Future[wire.Holders]] = {}
+        """Queries that are out, by number."""
         self._limiter = LogLimiter()
         self._drop_timer: asyncio.TimerHandle | None = None
         self.dropped_frames = self._dropped_at_report = 0
@@ -99,6 +107,11 @@ class ControllerClient:
         socket.connect(url)
         return socket
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with the controller now, in words; empty when all is well."""
+        return self._refusal or ("" if self._connected else f"the controller at {self._reply_url} does not answer")
+
     # -- DirectoryClient -----------------------------------------------------------------------------------------------
 
     async def run(self, member: wire.Member) -> None:
@@ -115,6 +128,35 @@ class ControllerClient:
 
     def changes_pending(self) -> None:
         self._pending.set()
+
+    def follow_inventories(self, wanted: bool) -> None:
+        """Whether to hear what others hold."""
+        if wanted == self._asks:
+            self._asks = not wanted
+            if self._registered:
+                self._register_again()
+
+    async def ask(self, keys: Sequence[bytes]) -> dict[bytes, list[tuple[str, str]]] | None:
+        """Who holds each of `keys`; None when the controller cannot be asked now."""
+        if not self._registered or not self._connected or self._member is None or len(self._questions) >= MAX_QUESTIONS:
+            return None
+        found: dict[bytes, list[tuple[str, str]]] = {}
+        for start in range(0, len(keys), wire.MAX_QUERY_KEYS):
+            part = list(keys[start : start + wire.MAX_QUERY_KEYS])
+            self._number += 1
+            number = self._number
+            self._questions[number] = answer = asyncio.get_running_loop().create_future()
+            self._send(self._dealer, wire.Query(self._member.instance_id, self._member.incarnation, number, part))
+            try:
+                holders = await answer
+            finally:
+                del self._questions[number]
+            if len(holders.holders) != len(part):
+                return None
+            for key, places in zip(part, holders.holders, strict=True):
+                if places:
+                    found[key] = [holders.instances[place] for place in places if place < len(holders.instances)]
+        return found
 
     def report(self, report: wire.FetchReport) -> None:
         if self._registered:
@@ -152,7 +194,7 @@ class ControllerClient:
                 await asyncio.sleep(self._interval_s)
             else:
                 if not self._has_left:
-                    self._send(self._dealer, wire.Register(member))
+                    self._send(self._dealer, wire.Register(member, asks=self._asks))
                 await asyncio.sleep(min(self._interval_s, REGISTER_RETRY_S))
 
     async def _publishes(self) -> None:
@@ -164,22 +206,11 @@ class ControllerClient:
                 self._publish()
 
     def _publish(self) -> None:
-        assert self._member is not None
-        while True:
-            added, removed = self._listener.take_changes(wire.MAX_KEYS_PER_MESSAGE)
-            if not added and not removed:
-                return
-            self._sequence += 1
-            self._send(
-                self._push,
-                wire.Changes(
-                    self._member.instance_id,
-                    self._member.incarnation,
-                    self._sequence,
-                    list[bytes](added),
-                    list[bytes](removed),
-                ),
-            )
+        if not self._outbox.continues(self._sequence):
+            self._send_inventory()
+        while (changes := self._outbox.next_after(self._sequence)) is not None:
+            self._sequence = changes.sequence
+            self._send(self._push, changes)
 
     async def _receives(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -229,6 +260,10 @@ class ControllerClient:
             case wire.MemberDown():
                 if self._members.get(notice.instance_id) == notice.incarnation:
                     self._member_down(notice.instance_id, notice.reason)
+            case wire.Holders():
+                question = self._questions.get(notice.number)
+                if question is not None and not question.done():
+                    question.set_result(notice)
             case wire.Resync():
                 self._send_inventory()
             case wire.Changes():
@@ -279,7 +314,7 @@ class ControllerClient:
     def _register_again(self) -> None:
         assert self._member is not None
         self._registered = False
-        self._send(self._dealer, wire.Register(self._member))
+        self._send(self._dealer, wire.Register(self._member, asks=self._asks))
 
     def _member_up(self, member: wire.Member) -> None:
         assert self._member is not None
@@ -317,10 +352,7 @@ class ControllerClient:
 
     def _send_inventory(self) -> None:
         assert self._member is not None
-        if any(self._listener.take_changes(1)):
-            # The snapshot stands for changes that nobody will be told of one by one: a number of its own says so.
-            self._sequence += 1
-        keys = self._listener.take_inventory()
+        self._sequence, keys = self._outbox.inventory()
         size = wire.MAX_KEYS_PER_MESSAGE
         parts = [keys[start : start + size] for start in range(0, len(keys), size)] or [[]]
         for index, part in enumerate(parts):

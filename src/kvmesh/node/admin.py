@@ -100,6 +100,7 @@ def make_app(node: Node) -> Starlette:
                 "instance_id": node.instance_id,
                 "incarnation": node.incarnation,
                 "directory_connected": node.directory_connected,
+                "directory_problem": node.directory_problem,
                 "peers": len(node.peers),
             }
         )

@@ -28,6 +28,7 @@ VISIBLE_BATCH = 20_000
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
 """What may wait for an engine that does not read. Beyond it changes are dropped, and it gets the whole set later."""
 PARENT_POLL_S = 1.0
+MAX_QUESTIONS = 1000
 
 
 class EngineLink(NodeListener):
@@ -121,6 +122,9 @@ class EngineLink(NodeListener):
                 if not len(message.keys) == len(message.slots) == len(set(message.slots)):
                     raise ValueError(f"fetch of {len(message.keys)} keys into {len(message.slots)} slots")
                 _start(self._fetch(self._node, message), self._jobs)
+            case link.Ask():
+                if len(self._others) < MAX_QUESTIONS:
+                    _start(self._ask(self._node, message.keys), self._others)
             case link.Operated():
                 self._node.operations.reported(message.operation_id, message.report)
             case link.KeysMade():
@@ -153,6 +157,11 @@ class EngineLink(NodeListener):
         fetched_bytes = reasons.count(None) * node.chunk_bytes
         self._send(link.FetchDone(job.job_id, reasons, fetched_bytes, result.seconds, result.holders))
 
+    async def _ask(self, node: Node, keys: list[bytes]) -> None:
+        held = await node.asker.ask(keys)
+        if held is not None:
+            self._send(link.Answered([key for key in keys if key in held], [key for key in keys if key not in held]))
+
     async def _give_up(self, node: Node) -> None:
         """End the jobs that are out, wait for them, then accept new ones."""
         node.fetcher.give_up()
@@ -178,7 +187,7 @@ class EngineLink(NodeListener):
         if self._is_behind():
             self._untold = state
             return
-        self._send(link.Directory(state.connected, state.ever_connected, state.peers, state.sharing))
+        self._send(self._directory(state))
 
     def on_visible_reset(self, keys: list[ChunkKey]) -> None:
         if self._is_behind():
@@ -203,6 +212,10 @@ class EngineLink(NodeListener):
         if answer.error:
             raise ControlError("no_keys", answer.error)
         return answer.keys
+
+    @staticmethod
+    def _directory(state: DirectoryState) -> link.Directory:
+        return link.Directory(state.connected, state.ever_connected, state.peers, state.sharing, state.asks)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -233,7 +246,7 @@ class EngineLink(NodeListener):
         self._tell_visible(node.visible_keys(), [])
         if self._untold is not None:
             state, self._untold = self._untold, None
-            self._send(link.Directory(state.connected, state.ever_connected, state.peers, state.sharing))
+            self._send(self._directory(state))
 
     def _close(self) -> None:
         if self._writer is not None:

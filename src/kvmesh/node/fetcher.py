@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from kvmesh.core.keys import ChunkKey, group_of
-from kvmesh.core.plan import FetchItem, Plan, Run, plan_fetch
+from kvmesh.core.plan import FetchItem, HolderIndex, Plan, Run, plan_fetch
 from kvmesh.core.reasons import PEER_FAULTS, MissReason
-from kvmesh.core.replica import Replica
 from kvmesh.node.peers import CORRUPT_LIMIT, Peer, Peers
 from kvmesh.transfer.base import ChunkOutcome, Deadline, PeerTransport
 
@@ -58,7 +57,7 @@ class Fetcher:
 
     def __init__(
         self,
-        replica: Replica,
+        replica: HolderIndex,
         peers: Peers,
         *,
         chunk_bytes: int,

@@ -30,6 +30,7 @@ from kvmesh.core.format import Format
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
+from kvmesh.node.asked import AskedKeys
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.wire import link
 from kvmesh.wire.framing import LENGTH_BYTES, FrameBuffer, pack_frame, parse_length
@@ -50,6 +51,8 @@ MAX_WAITING_RECORDS = 1_000
 """With more messages than this waiting, records of requests are left out: they serve people, not requests."""
 MAX_UNTOLD_RECORDS = 200
 MAX_SLOTS_PER_MESSAGE = 100_000
+MAX_ASKED_KEYS = 20_000
+"""Keys of one question: a request has at most some thousand chunks."""
 WAKE_S = 1.0
 """The reading thread looks at deadlines this often while nothing comes."""
 
@@ -72,6 +75,8 @@ class NodeState(NamedTuple):
     directory_ever_connected: bool
     peers: int
     sharing: Sharing = Sharing.ON
+    asks: bool = False
+    """The node asks the directory for each request (`NodeHandle.ask`) instead of knowing everything."""
 
     def why_invisible(self) -> MissReason:
         """Why a chunk that no other instance is known to hold is not known of."""
@@ -79,7 +84,7 @@ class NodeState(NamedTuple):
             return MissReason.NODE_DOWN
         if self.sharing is not Sharing.ON:
             return MissReason.DRAINING
-        if not self.directory_ever_connected:
+        if not self.directory_connected:
             return MissReason.NO_DIRECTORY
         return MissReason.NOT_PUBLISHED if self.peers else MissReason.NO_PEERS
 
@@ -118,6 +123,7 @@ class NodeHandle:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._visible: set[bytes] = set()
+        self._asked = AskedKeys()
         self._lock = threading.Lock()
         """Guards what follows; held for a few assignments at a time, never across I/O."""
         self._state = _DOWN
@@ -196,10 +202,24 @@ class NodeHandle:
 
     def is_visible(self, key: bytes) -> bool:
         """Whether some other instance is known to hold the chunk."""
-        return key in self._visible
+        if key in self._visible:
+            return True
+        state = self._state
+        return state.asks and state.sharing is Sharing.ON and self._asked.is_held(key)
+
+    def is_known(self, key: bytes) -> bool:
+        """Whether it is known if some other instance holds the chunk: always, unless the node asks."""
+        return not self._state.asks or key in self._visible or self._asked.is_known(key)
+
+    def ask(self, keys: Sequence[bytes]) -> None:
+        """Have the node find out who holds these, as far as it is not known; `is_known` tells when it is."""
+        wanted = self._asked.to_ask(keys[:MAX_ASKED_KEYS])
+        with self._lock:
+            if wanted and self._state.alive and self._outgoing.qsize() < MAX_OUTGOING:
+                self._outgoing.put((self._life, link.Ask(wanted)))
 
     def visible_count(self) -> int:
-        return len(self._visible)
+        return len(self._visible) + len(self._asked)
 
     def publish(self, slots: list[int], *, fetched: bool) -> None:
         """Tell the node that the ledger has new records."""
@@ -329,13 +349,16 @@ class NodeHandle:
                     self._visible.clear()
                 self._visible.difference_update(message.vanished)
                 self._visible.update(message.appeared)
+            case link.Answered():
+                self._asked.answered(message.held, message.missing)
             case link.FetchDone():
                 self._done(message)
             case link.Directory():
+                state = NodeState(
+                    True, message.connected, message.ever_connected, message.peers, message.sharing, message.asks
+                )
                 with self._lock:
-                    self._state = NodeState(
-                        True, message.connected, message.ever_connected, message.peers, message.sharing
-                    )
+                    self._state = state
                     self._start = msgspec.structs.replace(self._start, sharing=message.sharing)
             case link.Operate() | link.MakeKeys():
                 self.on_request(message)
@@ -386,6 +409,7 @@ class NodeHandle:
             self._state = _DOWN
             self._life += 1
         self._visible.clear()
+        self._asked.clear()
         self._kill(gentle=False)
         self._fail_jobs(MissReason.NODE_DOWN)
 

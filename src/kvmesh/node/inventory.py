@@ -130,6 +130,9 @@ class Inventory:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def take_changes(self, limit: int) -> Announced:
         """Up to `limit` changes that were not taken yet, removals first."""
         removed = _take(self._removed, limit)
@@ -137,11 +140,6 @@ class Inventory:
 
     def has_changes(self) -> bool:
         return bool(self._added or self._removed)
-
-    def drop_changes(self) -> None:
-        """Forget pending changes: a snapshot is about to carry everything."""
-        self._added.clear()
-        self._removed.clear()
 
     def close(self) -> None:
         self._hasher.shutdown(wait=False, cancel_futures=True)

@@ -44,6 +44,7 @@ from kvmesh.wire.peer import (
     ChunkHeader,
     ChunkStatus,
     ChunkTrailer,
+    Follow,
     Get,
     Held,
     Hello,
@@ -87,6 +88,14 @@ class NixlServing(Protocol):
         ...
 
 
+class FollowServing(Protocol):
+    """What serving followers needs (see `kvmesh.node.peer_follow`)."""
+
+    def serve(self, stream: PeerStream, request: Follow, patience: Deadline, closing: threading.Event) -> None:
+        """Tell one follower everything until it leaves or `closing` is set. Raises KVMeshError."""
+        ...
+
+
 class PeerServerStatistics(NamedTuple):
     """Counters since the start."""
 
@@ -122,6 +131,7 @@ class PeerServer:
         lookup_port: int | None = None,
         nixl: NixlServing | None = None,
         security: PeerSecurity = OPEN,
+        following: FollowServing | None = None,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
         stall_timeout_s: float = 10.0,
@@ -140,6 +150,7 @@ class PeerServer:
             lookup_port: a second port for the same protocol, for lookups; None for none.
             nixl: lets peers read our slots with NIXL; None when that is not offered.
             security: the cluster key and TLS, where there are any.
+            following: tells peers what we hold, for those without a directory; None when nobody is to be told.
             max_connections: further ones take the place of idle ones, or are refused when there is none.
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
@@ -153,6 +164,7 @@ class PeerServer:
         self._ours = ours
         self._nixl = nixl
         self._security = security
+        self._following = following
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
@@ -326,7 +338,7 @@ class PeerServer:
             )
         self._authenticate(stream, received, sent, deadline)
         wanted = (theirs.wanted_instance_id, theirs.wanted_incarnation)
-        if wanted != (self._ours.instance_id, self._ours.incarnation):
+        if wanted not in {("", ""), (self._ours.instance_id, self._ours.incarnation)}:
             self._count(refused=1)
             self._warn(
                 stream, "peer refused peer=%s reason=looking_for_another wanted=%s incarnation=%s", stream.peer, *wanted
@@ -370,8 +382,17 @@ class PeerServer:
             request = decode_request(payload)
             if isinstance(request, Get):
                 self._send_chunks(stream, request)
+            elif isinstance(request, Follow):
+                self._follow(stream, request)
+                return
             else:
                 stream.send_frame(encode(self._answer(request)), self._patience)
+
+    def _follow(self, stream: PeerStream, request: Follow) -> None:
+        if self._following is not None:
+            self._following.serve(stream, request, self._patience, self._closing)
+        else:
+            stream.send_frame(encode(Refused("unsupported", "nobody is followed here")), self._patience)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 

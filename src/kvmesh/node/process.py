@@ -28,17 +28,21 @@ from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
 from kvmesh.core.keys import ChunkKey, short
 from kvmesh.core.ledger import SlotLedger
+from kvmesh.core.reasons import MissReason
 from kvmesh.core.replica import Applied, Replica
 from kvmesh.directory.base import DirectoryClient
-from kvmesh.directory.controller_client import ControllerClient
+from kvmesh.directory.factory import NodeSide, batch_keys, make_directory
+from kvmesh.directory.outbox import Outbox
 from kvmesh.node.admin import bind_admin, serve_admin
 from kvmesh.node.answers import answer_questions
+from kvmesh.node.asker import Asker
 from kvmesh.node.control import Control
 from kvmesh.node.explainer import Neighbourhood
 from kvmesh.node.fetcher import Fetcher, JobResult, make_items
 from kvmesh.node.inventory import Inventory
 from kvmesh.node.memory import Memory
 from kvmesh.node.operations import NodeOperations
+from kvmesh.node.peer_follow import Following
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.node.peers import Peers
 from kvmesh.node.request_log import RequestLog
@@ -61,6 +65,8 @@ class DirectoryState(NamedTuple):
     ever_connected: bool
     peers: int
     sharing: Sharing = Sharing.ON
+    asks: bool = False
+    """Chunks are not told as they appear; the directory is asked for them (`Asker`)."""
 
 
 class NodeListener:
@@ -122,15 +128,19 @@ class Node:
         self.control = Control()
         self.operations = NodeOperations(self, self._listener)
         self.replica = Replica()
+        self._asks = config.index_mode == "query"
+        self.asker = Asker(lambda: self._directory, timeout_s=config.lookup_timeout_s, own_id=self.instance_id)
         self.inventory = Inventory(pool, ledger, self._inventory_changed)
         self.inventory.accepting = self.sharing is Sharing.ON
+        self.outbox = Outbox(self.instance_id, self.incarnation, self, batch_keys=batch_keys(config))
+        self.following = Following(self.outbox, self.statistics)
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
         self.peers = Peers(kv_format, self._transports.make, self._background)
         self.around = Neighbourhood(config, self.replica, self.peers, Memory())
         self.requests = RequestLog(self.around, chunk_tokens=kv_format.chunk_tokens)
         answer_questions(self.control, self.requests)
         self.fetcher = Fetcher(
-            self.replica,
+            self,
             self.peers,
             chunk_bytes=pool.chunk_bytes,
             stall_s=config.stall_timeout_s,
@@ -147,12 +157,18 @@ class Node:
             lookup_port=config.lookup_port,
             nixl=self._transports.nixl_holder,
             security=self._transports.security,
+            following=self.following,
         )
 
     @property
     def directory_connected(self) -> bool:
         """Whether the directory answers now."""
         return self._connected
+
+    @property
+    def directory_problem(self) -> str:
+        """What is wrong with the directory now, in words; empty when all is well."""
+        return "" if self._directory is None else self._directory.problem
 
     @property
     def slots(self) -> int:
@@ -175,17 +191,10 @@ class Node:
         self.server.start()
         threading.Thread(target=self._prefault, name="prefault", daemon=True).start()
         self.inventory.republish()
-        if self.config.directory == "controller" and self.sharing is not Sharing.LEFT:
-            assert self.config.controller_pull_url is not None
-            assert self.config.controller_reply_url is not None
-            self._directory = ControllerClient(
-                pull_url=self.config.controller_pull_url,
-                reply_url=self.config.controller_reply_url,
-                heartbeat_url=self.config.controller_heartbeat_url,
-                heartbeat_interval_s=self.config.heartbeat_interval_s,
-                listener=self,
-                cluster_key=self._transports.cluster_key,
-            )
+        if self.sharing is not Sharing.LEFT:
+            self._directory = make_directory(self.config, self._side())
+        if self._directory is not None:
+            self._directory.follow_inventories(not self._asks)
         member = Member(
             instance_id=self.instance_id,
             incarnation=self.incarnation,
@@ -212,6 +221,7 @@ class Node:
             self._pool.chunk_bytes,
             self.format.format_id(),
         )
+        self.following.start(member)
         tasks: list[Coroutine[None, None, None]] = []
         if self._admin is not None:
             tasks.append(serve_admin(self, self._admin))
@@ -240,6 +250,9 @@ class Node:
         finally:
             self._active_fetches -= 1
         fetched = result.fetched()
+        for outcome in result.outcomes:
+            if outcome.reason in {MissReason.EVICTED, MissReason.STALE, MissReason.PEER_UNREACHABLE}:
+                self.asker.forget(outcome.item.key)
         for outcome in fetched:
             if outcome.checksum is not None:
                 self.inventory.filled(outcome.item.slot, outcome.item.key, outcome.checksum)
@@ -302,6 +315,7 @@ class Node:
     def leave(self) -> None:
         """Be a member of the cluster no longer."""
         self.set_sharing(Sharing.LEFT)
+        self.following.leave()
         if self._directory is not None:
             self._directory.leave()
 
@@ -312,6 +326,10 @@ class Node:
     def visible_keys(self) -> list[ChunkKey]:
         """What the engine may fetch now."""
         return list(self.replica.keys()) if self.sharing is Sharing.ON else []
+
+    def holders(self, key: bytes) -> tuple[str, ...]:
+        """Who holds a chunk, as far as the replica knows or the directory has said."""
+        return self.replica.holders(key) or self.asker.holders(key)
 
     # -- DirectoryListener ---------------------------------------------------------------------------------------------
 
@@ -363,15 +381,6 @@ class Node:
             )
         )
 
-    def take_inventory(self) -> list[ChunkKey]:
-        self.inventory.drop_changes()
-        return self.inventory.keys()
-
-    def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
-        changes = self.inventory.take_changes(limit)
-        self.around.lost(changes.removed, self.instance_id, "evicted")
-        return changes
-
     def on_ask(self, ask: Ask, answer: Callable[[Answer], None]) -> None:
         self.control.take(ask, answer)
 
@@ -379,6 +388,19 @@ class Node:
         if whole:
             self.requests.start_over()
         return self.requests.take_report(self.instance_id, self.incarnation)
+
+    # -- what the outbox tells of --------------------------------------------------------------------------------------
+
+    def take_changes(self, limit: int) -> tuple[list[ChunkKey], list[ChunkKey]]:
+        changes = self.inventory.take_changes(limit)
+        self.around.lost(changes.removed, self.instance_id, "evicted")
+        return changes
+
+    def keys(self) -> list[ChunkKey]:
+        return self.inventory.keys()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.inventory
 
     def statistics(self) -> NodeStatistics:
         served = self.server.statistics()
@@ -404,6 +426,23 @@ class Node:
             if self._closing.wait(PREFAULT_PAUSE_S):
                 return
 
+    def _side(self) -> NodeSide:
+        return NodeSide(
+            listener=self,
+            outbox=self.outbox,
+            cluster_key=self._transports.cluster_key,
+            hello=self._transports.hello,
+            security=self._transports.security,
+            on_follower=self.following.on_follower,
+            known_addresses=self._known_addresses,
+        )
+
+    def _known_addresses(self) -> list[tuple[str, int]]:
+        """Peers by id, from our own on: where everybody follows a few, each is followed by a few."""
+        members = sorted((peer.member for peer in self.peers), key=lambda member: member.instance_id)
+        later = [member for member in members if member.instance_id > self.instance_id]
+        return [(member.peer_host, member.peer_port) for member in (*later, *members[: len(members) - len(later)])]
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _quarantine(self, instance_id: str, incarnation: str, key: ChunkKey) -> None:
@@ -413,9 +452,11 @@ class Node:
             instance_id,
             incarnation,
         )
+        self.asker.quarantine(instance_id, incarnation, key)
         self._applied(self.replica.quarantine(instance_id, incarnation, key))
 
     def _inventory_changed(self) -> None:
+        self.following.changes_pending()
         if self._directory is not None:
             self._directory.changes_pending()
 
@@ -424,11 +465,25 @@ class Node:
             self.around.lost(applied.vanished, lost_by, why)
         if self.sharing is Sharing.ON and (applied.appeared or applied.vanished):
             self._listener.on_visible(applied.appeared, applied.vanished)
+        if len(self.replica) > self.config.replica_max_chunks and self.config.index_mode == "auto" and not self._asks:
+            asyncio.get_running_loop().call_soon(self._begin_to_ask)
         return not applied.gap
+
+    def _begin_to_ask(self) -> None:
+        """The replica has outgrown its limit: from now on the directory is asked for each request."""
+        if self._asks or self._directory is None or self.config.directory == "static":
+            return
+        self._asks = True
+        log.warning(
+            "others hold %d chunks, more than replica_max_chunks: asking the directory from now on", len(self.replica)
+        )
+        self._directory.follow_inventories(False)
+        self._applied(self.replica.clear_inventories())
+        self._tell_directory()
 
     def _tell_directory(self) -> None:
         self._listener.on_directory(
-            DirectoryState(self._connected, self._ever_connected, len(self.peers), self.sharing)
+            DirectoryState(self._connected, self._ever_connected, len(self.peers), self.sharing, self._asks)
         )
 
 

@@ -44,6 +44,7 @@ class PeerTarget(NamedTuple):
     """Whom to talk to, and where that one was last known to listen."""
 
     instance_id: str
+    """Empty: whoever listens there."""
     incarnation: str
     host: str
     port: int
@@ -191,7 +192,7 @@ def _check_protocol(theirs: Hello, peer: str) -> None:
 
 
 def _check_identity(theirs: Hello, target: PeerTarget, peer: str) -> None:
-    if (theirs.instance_id, theirs.incarnation) != (target.instance_id, target.incarnation):
+    if target.instance_id and (theirs.instance_id, theirs.incarnation) != (target.instance_id, target.incarnation):
         raise PeerConnectError(
             peer,
             expected=f"incarnation {target.incarnation}",

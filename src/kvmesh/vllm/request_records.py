@@ -7,6 +7,7 @@ of the first chunk's tokens. Everything that takes longer is the node's.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class RequestState:
     """Chunks that could not be fetched for this request. They stay misses for it, so it is never fetched in circles."""
     details: dict[MissReason, dict[str, str | float]] = field(default_factory=dict)
     """Numbers behind an answer's reason, where there are some."""
+    asked_at_s: float = -math.inf
+    """When the directory was last asked for this request's chunks (`index_mode: query`)."""
     worthwhile: bool | None = None
     """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
     made_at_s: float = 0.0

@@ -45,11 +45,16 @@ from kvmesh.vllm.policy import _Publishing
 from kvmesh.vllm.pool_files import find_segments
 from kvmesh.vllm.request_records import RequestFacts, RequestState, hash_tokens, make_record
 from kvmesh.vllm.tier_metrics import TierMetrics, metric_definitions
+from kvmesh.wire.operations import Sharing
 
 logger = init_logger("vllm.kvmesh.tier")
 
 MAX_FAILED_KEYS = 100_000
 """Bound of the negative cache; beyond it the oldest entries go."""
+ASK_WAIT_S = 0.02
+"""How long a request waits for the directory's answer: one step of a busy engine, or a moment of an idle one."""
+ASK_AGAIN_S = 2.0
+"""A request that has waited for its turn longer than answers are believed asks once more."""
 
 
 class PeerTier(SecondaryTierManager):
@@ -154,6 +159,8 @@ class PeerTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         request = self._request(req_context)
+        if self._must_wait(key, request, req_context):
+            return LookupResult.RETRY
         reason = self._miss_reason(key, request, req_context)
         warm = req_context.get_state(WarmState)
         if warm is not None:  # an operator's doing: no request has missed anything
@@ -168,6 +175,22 @@ class PeerTier(SecondaryTierManager):
         elif request.missed:
             request.missed.pop(key, None)
         return LookupResult.HIT if reason is None else LookupResult.MISS
+
+    def _must_wait(self, key: OffloadKey, request: RequestState, req_context: ReqContext) -> bool:
+        """Whether the answer to who holds the chunk is still out. All chunks of the request are asked for at once; an
+        answer comes within a step of a busy engine, and later ones are not waited for.
+        """
+        state = self._node.state
+        if self._node.is_known(key) or not self._config.fetches or not state.directory_connected:
+            return False
+        if state.sharing is not Sharing.ON:
+            return False
+        now_s = time.monotonic()
+        if now_s - request.asked_at_s > ASK_AGAIN_S:
+            request.asked_at_s = now_s
+            keys = list(req_context._offload_key_positions)  # noqa: SLF001  (vLLM keeps the order there only)
+            self._node.ask(keys[keys.index(key) :] if key in keys else [key])
+        return now_s - request.asked_at_s < ASK_WAIT_S
 
     # -- explanations: called by the connector -------------------------------------------------------------------------
 
@@ -204,7 +227,7 @@ class PeerTier(SecondaryTierManager):
         if not self._config.fetches:
             return MissReason.SHARING_OFF
         if not self._node.is_visible(key):
-            return self._node.state.why_invisible()
+            return self._why_invisible(key)
         if self._held:
             return MissReason.DRAINING
         if req_context.get_state(WarmState) is not None:
@@ -217,6 +240,11 @@ class PeerTier(SecondaryTierManager):
         if request.worthwhile is None:
             request.worthwhile = self._is_worthwhile(key, req_context)
         return None if request.worthwhile else MissReason.BELOW_MINIMUM
+
+    def _why_invisible(self, key: OffloadKey) -> MissReason:
+        reason = self._node.state.why_invisible()
+        is_unanswered = reason is MissReason.NOT_PUBLISHED and not self._node.is_known(key)
+        return MissReason.DIRECTORY_SLOW if is_unanswered else reason
 
     def _failed_recently(self, key: OffloadKey) -> bool:
         failed = self._failed_until_s.get(key)

@@ -40,6 +40,9 @@ truth: instances that it does not list are gone, and Snapshots of those with the
 at any time. Only when controller_incarnation is new may a node keep what it knows of instances not listed for
 instance_timeout_s more: they are about to register as well.
 
+Asking. A node that registers with `asks` gets no Changes and no Snapshots, only who is a member; it sends a Query with
+all keys of a request, and gets one Holders. Nothing else is different: it publishes as everybody does.
+
 Flow. Registered carries a registration number, Heartbeat returns it together with the bytes of all notices received
 since, so that the controller knows what is still under way. A node that is too far behind gets no Changes and Snapshots
 until it has caught up, then a fresh Snapshot of each publisher that it missed something of; notices that never arrive
@@ -65,6 +68,11 @@ PROTOCOL_VERSION = 2
 MAX_KEYS_PER_MESSAGE = 20_000
 """A larger inventory is sent in parts. 20,000 keys are under 1 MB, so nobody's event loop stops for long."""
 MAX_BATCH_CHANGES = 5_000
+
+MAX_QUERY_KEYS = 4096
+"""Keys of one Query: a prefix of a million tokens in chunks of 256."""
+MAX_HOLDERS = 16
+"""Holders of one chunk that an answer names."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}", max_length=16)]
@@ -141,6 +149,8 @@ class NodeStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Register(Message, frozen=True):
     member: Member
     protocol: int = PROTOCOL_VERSION
+    asks: bool = False
+    """Send no Changes and Snapshots: this node asks who holds a chunk when it needs one (Query)."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -160,6 +170,16 @@ class SnapshotRequest(Message, frozen=True):
 
     instance_id: Name
     incarnation: Incarnation
+
+
+class Query(Message, frozen=True):
+    """Who holds these chunks?"""
+
+    instance_id: Name
+    incarnation: Incarnation
+    number: Count
+    """Repeated in the answer."""
+    keys: Annotated[list[Key], Meta(max_length=MAX_QUERY_KEYS)]
 
 
 class Leave(Message, frozen=True):
@@ -281,6 +301,16 @@ class HeartbeatAck(Message, frozen=True):
     known: bool
 
 
+class Holders(Message, frozen=True):
+    """The answer to a Query."""
+
+    number: Count
+    instances: Annotated[list[tuple[Name, Incarnation]], Meta(max_length=20_000)]
+    """Everybody who holds one of the chunks."""
+    holders: Annotated[list[Annotated[list[Count], Meta(max_length=64)]], Meta(max_length=MAX_QUERY_KEYS)]
+    """For each key in order, who holds it: places in `instances`."""
+
+
 class MemberUp(Message, frozen=True):
     member: Member
 
@@ -309,11 +339,13 @@ class Ask(Message, frozen=True):
     timeout_s: Seconds
 
 
-Request = Register | Heartbeat | SnapshotRequest | Leave | Answer
+Request = Register | Heartbeat | SnapshotRequest | Query | Leave | Answer
 """Up the reply and heartbeat sockets."""
 Event = Changes | Snapshot | FetchReport | UseReport
 """Up the pull socket."""
-Notice = Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Batch | Snapshot | Ask
+Notice = (
+    Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Batch | Snapshot | Ask | Holders
+)
 """Down the reply and heartbeat sockets."""
 
 _encoder = msgspec.msgpack.Encoder()

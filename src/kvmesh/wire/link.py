@@ -14,6 +14,8 @@ each. The node inherits the descriptors of the ledger and the pool by number.
      |-- RequestRecord --------------------->|  what became of a request's lookups; may be left out when much is waiting
      |<------------ Visible(keys) -----------|  the node's replica, as a set of keys that somebody else holds
      |<------------ Directory(state) --------|
+     |-- Ask(keys) ------------------------->|  instead of Visible, when the node asks the directory for each request
+     |<------------ Answered(held, missing) -|
      |<------------ Operate(id, command) ----|  an operator wants something done to the pool (`kvmesh.wire.operations`)
      |-- Operated(id, report) -------------->|  again and again, until the report's state is final
      |<------------ MakeKeys(tokens) --------|
@@ -92,6 +94,12 @@ class Fetch(Message, frozen=True):
     slots: Slots
     """As many as keys, each one once."""
     timeout_s: Seconds
+
+
+class Ask(Message, frozen=True):
+    """Find out who holds these: only while the node asks instead of following (`Directory.asks`)."""
+
+    keys: Keys
 
 
 class GiveUp(Message, frozen=True):
@@ -182,6 +190,13 @@ class Visible(Message, frozen=True):
     """Forget everything first."""
 
 
+class Answered(Message, frozen=True):
+    """The answer to an Ask. Keys of which the directory has not said anything are in neither list."""
+
+    held: Keys
+    missing: Keys
+
+
 class Directory(Message, frozen=True):
     connected: bool
     """The directory answers now."""
@@ -189,6 +204,8 @@ class Directory(Message, frozen=True):
     peers: Count
     """Other instances with our format."""
     sharing: Sharing = Sharing.ON
+    asks: bool = False
+    """The node asks who holds a chunk (Ask) instead of telling all keys (Visible)."""
 
 
 class Operate(Message, frozen=True):
@@ -205,8 +222,8 @@ class MakeKeys(Message, frozen=True):
     cache_salt: str | None
 
 
-ToNode = Start | Publish | Retract | Fetch | GiveUp | Operated | KeysMade | RequestRecord
-ToEngine = Ready | Failed | FetchDone | Visible | Directory | Operate | MakeKeys
+ToNode = Start | Publish | Retract | Fetch | Ask | GiveUp | Operated | KeysMade | RequestRecord
+ToEngine = Ready | Failed | FetchDone | Visible | Answered | Directory | Operate | MakeKeys
 
 _encoder = msgspec.msgpack.Encoder()
 to_node_decoder = msgspec.msgpack.Decoder(ToNode)

@@ -16,8 +16,8 @@ key on one side only, or another one, the connection ends here and nothing else 
 
 Each side checks the other's Hello: protocol version, identity, format. The holder always shows its own Hello, so that
 both sides can name what differs, and then closes when it is not the `wanted` instance and incarnation (the address was
-reused: the fetcher reports PEER_UNREACHABLE) or the formats differ (both log the fields; FORMAT_MISMATCH). Refused
-means: not now (too many connections, draining).
+reused: the fetcher reports PEER_UNREACHABLE; who does not know yet who is there wants nobody in particular) or the
+formats differ (both log the fields; FORMAT_MISMATCH). Refused means: not now (too many connections, draining).
 
 Chunks (tcp)
 
@@ -39,7 +39,8 @@ Chunks (nixl)
      |-- Validate([(slot, generation)]) --->|   after the bytes have arrived
      |<--- Validated([checksum or empty]) --|   empty: STALE
 
-Besides: Lookup/Held (direct lookup, when no directory is reachable) and Ping/Pong (is the peer's process alive?).
+Besides: Lookup/Held (direct lookup, when no directory is reachable), Ping/Pong (is the peer's process alive?) and
+Follow, after which the conversation is another one (`kvmesh.wire.follow`).
 
 Anything else (unknown tag, wrong type, a count or length over its limit, an answer out of order) ends the connection:
 whoever notices closes it with one logged reason and touches nothing else.
@@ -62,6 +63,7 @@ from kvmesh.core.format import FieldDifference, Format, differences
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.ledger import CHECKSUM_BYTES
 from kvmesh.wire.auth import MAC_BYTES, PROOF_BYTES, Kind, MacChain
+from kvmesh.wire.directory import Member
 
 PROTOCOL_VERSION = 1
 FRAME_LIMIT_BYTES = 1 << 20
@@ -153,6 +155,13 @@ class Lookup(Message, frozen=True):
     keys: Keys
 
 
+class Follow(Message, frozen=True):
+    """Tell me from now on what you hold: `kvmesh.wire.follow`. The last request of a conversation."""
+
+    member: Member | None = None
+    """The follower, so that it can be followed in turn."""
+
+
 class Ping(Message, frozen=True):
     nonce: Word
 
@@ -221,7 +230,7 @@ class Validated(Message, frozen=True):
     """16 bytes: VALID. Empty: STALE."""
 
 
-Request = Get | Lookup | Ping | NixlAttach | Resolve | Validate
+Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate
 Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated
 Greeting = Hello | Refused
 Proven = Proof | Refused

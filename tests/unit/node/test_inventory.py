@@ -106,7 +106,7 @@ class InventoryMachine(RuleBasedStateMachine):
     @rule()
     def snapshot(self) -> None:
         """As after a restart of the controller: everything at once, pending changes are part of it."""
-        self.world.inventory.drop_changes()
+        self.world.inventory.take_changes(1 << 30)
         self.world.known = set(self.world.inventory.keys())
 
     @invariant()

@@ -284,7 +284,7 @@ def test_a_connection_that_was_just_used_keeps_its_place(store):
 
 
 @pytest.mark.parametrize(
-    ("instance_id", "incarnation"), [("another", HOLDER_INCARNATION), (HOLDER, OTHER_INCARNATION), ("", "")]
+    ("instance_id", "incarnation"), [("another", HOLDER_INCARNATION), (HOLDER, OTHER_INCARNATION), (HOLDER, "")]
 )
 def test_who_looks_for_another_instance_learns_who_is_here_and_is_closed(server, instance_id, incarnation):
     with raw(server.port) as sock:

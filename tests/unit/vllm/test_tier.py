@@ -116,7 +116,8 @@ class TestLookup:
             (NodeState(False, False, False, 0), "node_down"),
             (NodeState(True, False, False, 0), "no_directory"),
             (NodeState(True, True, True, 0), "no_peers"),
-            (NodeState(True, False, True, 2), "not_published"),
+            (NodeState(True, True, True, 2), "not_published"),
+            (NodeState(True, False, True, 2), "no_directory"),
         ],
     )
     def test_every_miss_has_a_reason(self, tier, state, reason):
@@ -440,3 +441,29 @@ class TestRecords:
 def test_shutdown_ends_the_node(tier):
     tier.shutdown()
     assert tier.node.closed
+
+
+class TestAsking:
+    """`index_mode: query`: a request waits one moment for the directory's answer."""
+
+    def test_one_question_for_all_chunks_and_one_step_of_waiting(self, tier, monkeypatch):
+        node = tier.node
+        node.state = NodeState(True, True, True, 1, asks=True)
+        context = ReqContext("r1")
+        for position, key in enumerate((A, B, C)):
+            context.set_offload_key_position(key, position)
+        assert [tier.lookup(key, context) for key in (A, B, C)] == [LookupResult.RETRY] * 3
+        assert node.asked == [[A, B, C]]
+        node.visible, node.missing = {A}, {B}
+        assert tier.lookup(A, context) is LookupResult.HIT
+        assert tier.lookup(B, context) is LookupResult.MISS
+        assert tier.lookup(C, context) is LookupResult.RETRY
+        monkeypatch.setattr(tier_module, "ASK_WAIT_S", 0.0)
+        assert tier.lookup(C, context) is LookupResult.MISS
+        assert len(node.asked) == 1, "nobody asks again at each step"
+        assert lookups(tier) == {("hit", ""): 1, ("miss", "not_published"): 1, ("miss", "directory_slow"): 1}
+
+    def test_nobody_waits_for_a_directory_that_is_gone(self, tier):
+        tier.node.state = NodeState(True, False, True, 1, asks=True)
+        assert tier.lookup(A, ReqContext("r1")) is LookupResult.MISS
+        assert lookups(tier) == {("miss", "no_directory"): 1}
