@@ -23,6 +23,7 @@
     |- DirectoryError           the directory (controller, Redis, list of peers) cannot do its part
     |  |- DirectoryUnavailableError  it cannot be reached or does not answer; the replica goes on without it
     |  `- DirectoryRefusedError  it answered, and the answer is no (id taken, wrong key)
+    |     `- ApiRefusedError          the controller's HTTP API said no; `.status` and `.code` say how
     |- TransferError            a transport could not move slots (set-up, registration, checksum); not a peer's doing
     |  `- NixlError              NIXL refused or failed something
     |- ModelError               a model folder cannot be made (package not reachable, not the expected one, ...)
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "ApiRefusedError",
     "ConfigError",
     "ConfigProblem",
     "DirectoryError",
@@ -244,6 +246,26 @@ class DirectoryUnavailableError(DirectoryError):
 
 class DirectoryRefusedError(DirectoryError):
     """The directory understood and said no: instance id taken, wrong cluster key."""
+
+
+class ApiRefusedError(DirectoryRefusedError):
+    """The controller's HTTP API answered with an error.
+
+    Args:
+        thing, found, hint: as in KVMeshError; the last two are the controller's own words.
+        status: of HTTP, 400 or above.
+        code: the API's own name for it, such as "unknown_instance"; empty when the answer was none of the API's.
+    """
+
+    def __init__(self, thing: str, found: str, hint: str = "", status: int = 0, code: str = "") -> None:
+        super().__init__(thing, found=found, hint=hint)
+        self.args = (thing, found, hint, status, code)
+        self.status = status
+        self.code = code
+
+    def __str__(self) -> str:
+        told = f"{self.thing}: {self.found}"
+        return f"{told}; {self.hint}" if self.hint else told
 
 
 class TransferError(KVMeshError):

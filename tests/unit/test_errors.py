@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.PeerTimeoutError("b at 10.0.0.2:8200", "a byte within 1 s", "none"),
     errors.LocalProtocolError("b", found="a second hello"),
     errors.DirectoryRefusedError("controller", "an id of its own", "'a', which is taken"),
+    errors.ApiRefusedError("controller", "no member has the id 'x'", "list them", 404, "unknown_instance"),
     errors.TransferError("nixl agent", found="NIXL_ERR_BACKEND"),
     errors.LedgerError("ledger", "magic KVML", "0x0"),
 ]

@@ -182,7 +182,8 @@ class Instance(Process):
     def admin_url(self) -> str:
         """The admin port of the instance's node."""
         assert self.config is not None
-        return f"http://{HOST}:{self.config['lmcache_worker_ports']}"
+        scheme = "https" if self.config.get("tls_cert_file") else "http"
+        return f"{scheme}://{HOST}:{self.config['lmcache_worker_ports']}"
 
     def is_healthy(self) -> bool:
         return _answers(f"{self.url}/health")
@@ -319,7 +320,8 @@ def complete(
 def metrics(url: str) -> dict[str, float]:
     """The samples of a `/metrics` page: name with labels to value."""
     samples = {}
-    for line in httpx.get(f"{url}/metrics", timeout=10).raise_for_status().text.splitlines():
+    answer = httpx.get(f"{url}/metrics", timeout=10, verify=_knows_certificates(url))
+    for line in answer.raise_for_status().text.splitlines():
         if line and not line.startswith("#"):
             name, _, value = line.rpartition(" ")
             samples[name] = float(value)
@@ -338,7 +340,11 @@ def metric(url: str, name: str, **labels: str) -> float:
 
 def _answers(url: str) -> bool:
     try:
-        # Only asked of processes of our own on loopback, whose certificates may be of a CA that nobody knows.
-        return httpx.get(url, timeout=2, verify=not url.startswith("https:")).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=2, verify=_knows_certificates(url)).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
+
+
+def _knows_certificates(url: str) -> bool:
+    """Only processes of our own on loopback are asked, and their certificates may be of a CA that nobody knows."""
+    return not url.startswith("https:")

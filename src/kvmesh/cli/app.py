@@ -4,7 +4,6 @@ is quick.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +12,19 @@ import typer
 
 import kvmesh
 from kvmesh.cli import router as router_commands
+from kvmesh.cli.doctor import doctor
+from kvmesh.cli.explain import explain
+from kvmesh.cli.lookup import lookup
+from kvmesh.cli.ops import ops_app
+from kvmesh.cli.shared import EXIT_STATUSES, JsonFlag, exit_status
+from kvmesh.cli.status import status
+from kvmesh.cli.top import top
 from kvmesh.errors import KVMeshError
 
 app = typer.Typer(
     name="kvmesh",
     help="LLM serving engines reuse each other's KV cache, peer to peer.",
+    epilog=EXIT_STATUSES,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -31,17 +38,18 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(bench_app, name="bench")
 router_commands.register(app, bench_app)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+app.add_typer(ops_app, name="ops")
+for _command in (status, top, lookup, explain, doctor):
+    app.command()(_command)
 
 
 def main() -> None:
-    """Entry point: our own errors are one readable message and exit status 1, never a traceback."""
+    """Entry point: our own errors are one readable message and an exit status (see `shared`), never a traceback."""
     try:
         app()
     except KVMeshError as error:
         typer.secho(f"kvmesh: {error}", fg="red", err=True)
-        sys.exit(1)
+        sys.exit(exit_status(error))
 
 
 def _version(wanted: bool) -> None:
@@ -375,8 +383,3 @@ def bench_chaos(
 
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def print_json(value: object) -> None:
-    """JSON for scripts, on standard output."""
-    typer.echo(json.dumps(value, indent=2))

@@ -33,15 +33,29 @@ def new_key(file: Path | None) -> None:
 
 
 def token(file: Path | None) -> str:
-    """The HTTP token of the key in `file`, else of the one in the environment. Raises ConfigError."""
+    """The HTTP token of the key in `file`, else of the one in the environment. Raises ConfigError, also for no key."""
+    found = find_token(file)
+    if found is None:
+        raise ConfigError([ConfigProblem(CLUSTER_KEY_VARIABLE, "env", "a cluster key", "none")])
+    return found
+
+
+def find_token(file: Path | None) -> str | None:
+    """The same; None without any key."""
+    key = find_key(file)
+    return None if key is None else key.http_token()
+
+
+def find_key(file: Path | None) -> ClusterKey | None:
+    """The key in `file`, else the one in the environment, else None. Raises ConfigError when it is no good."""
     problems: list[ConfigProblem] = []
     text = find_cluster_key(
         None if file is None else str(file),
-        os.environ if file is None else {},
-        name="FILE",
+        {} if file is not None else os.environ,
+        name="--cluster-key-file",
         where="argument",
         problems=problems,
     )
-    if text is None:
-        raise ConfigError(problems or [ConfigProblem(CLUSTER_KEY_VARIABLE, "env", "a cluster key", "none")])
-    return ClusterKey(text).http_token()
+    if problems:
+        raise ConfigError(problems)
+    return None if text is None else ClusterKey(text)

@@ -14,7 +14,7 @@ API_KEY_VARIABLE = "VLLM_API_KEY"
 
 def run_check(services: Sequence[str], *, model: str, prompt_tokens: int, timeout_s: float, as_json: bool) -> int:
     """Check and print; the exit status. Raises StartupError when that is not possible."""
-    from kvmesh.cli.app import print_json
+    from kvmesh.cli.shared import print_json
 
     urls = engines_of(services)
     api_key = os.environ.get(API_KEY_VARIABLE)

@@ -22,7 +22,11 @@ ENV_PREFIX = "KVMESH_"
 CONFIG_FILE_VARIABLES = ("KVMESH_CONFIG_FILE", "LMCACHE_CONFIG_FILE")
 """Variables that name the file, the first one that is set."""
 
-_NO_KEYS = frozenset({*CONFIG_FILE_VARIABLES, CLUSTER_KEY_VARIABLE})
+CONTROLLER_VARIABLE = "KVMESH_CONTROLLER"
+CONTROLLER_CA_VARIABLE = "KVMESH_CONTROLLER_CA"
+"""Where the command line finds the controller's HTTP API, and the CA of its certificate."""
+
+_NO_KEYS = frozenset({*CONFIG_FILE_VARIABLES, CLUSTER_KEY_VARIABLE, CONTROLLER_VARIABLE, CONTROLLER_CA_VARIABLE})
 """Variables with our prefix that are no keys of the configuration and are not to be warned about."""
 
 MAX_FILE_BYTES = 1 << 20

@@ -36,6 +36,7 @@ ENDPOINTS = (
     "GET /api/v1/instances",
     "GET /api/v1/instances/{instance_id}",
     "GET /api/v1/incompatibilities",
+    "GET /api/v1/refusals",
     "GET /api/v1/lookup",
     "POST /api/v1/lookup",
     "GET /api/v1/chunks/{key}",
@@ -160,6 +161,11 @@ def _version_1(context: Context) -> APIRouter:
                 404, "unknown_instance", f"no member has the id {instance_id!r}", "GET /api/v1/instances lists all"
             )
         return views.instance_view(registry, found, clock())
+
+    @router.get("/refusals")
+    async def refusals() -> list[views.RefusalView]:
+        """Who was turned away in the last minutes, and why: a wrong cluster key, an id that is taken. Newest first."""
+        return views.refusal_views(registry, clock())
 
     @router.get("/incompatibilities")
     async def incompatibilities() -> list[views.IncompatibilityView]:

@@ -187,6 +187,15 @@ class FetchView(BaseModel):
     misses: dict[str, int]
 
 
+class RefusalView(BaseModel):
+    """Somebody who was turned away in the last minutes."""
+
+    who: str = Field(description="Instance id, address, or both.")
+    reason: str = Field(description="A wrong cluster key, an id that another live instance has, ...")
+    times: int
+    age_s: float = Field(description="Since the last time.")
+
+
 class TotalsView(BaseModel):
     """Sums over the cluster. Fetch figures count since the controller's start."""
 
@@ -342,6 +351,14 @@ def fetch_view(record: FetchRecord, now_s: float) -> FetchView:
         bytes_per_second=report.fetched_bytes / report.seconds if report.seconds > 0 else None,
         misses=dict(report.misses),
     )
+
+
+def refusal_views(registry: Registry, now_s: float) -> list[RefusalView]:
+    """Who was turned away, newest first."""
+    return [
+        RefusalView(who=one.who, reason=one.reason, times=one.times, age_s=max(0.0, now_s - one.at_s))
+        for one in registry.refusals.recent(now_s)
+    ]
 
 
 def totals_view(registry: Registry) -> TotalsView:

@@ -6,14 +6,10 @@ internals have moved, stops the engine at start-up with one sentence instead of 
 
 from __future__ import annotations
 
-from typing import Final
-
 from packaging.version import InvalidVersion, Version
 
 from kvmesh.errors import VersionError
-
-SUPPORTED_FROM: Final = Version("0.31")
-SUPPORTED_BELOW: Final = Version("0.34.dev0")
+from kvmesh.vllm.versions import check_version
 
 
 def installed_version() -> Version:
@@ -25,17 +21,6 @@ def installed_version() -> Version:
     except InvalidVersion as error:  # "dev": sources that were never built
         hint = "install a released vLLM of a supported version"
         raise VersionError("vLLM", expected="a version number", found=repr(__version__), hint=hint) from error
-
-
-def check_version(found: Version) -> None:
-    """Raise VersionError when this vLLM is not supported."""
-    if not SUPPORTED_FROM <= Version(found.base_version) < SUPPORTED_BELOW:
-        raise VersionError(
-            "vLLM",
-            expected=f"a version from {SUPPORTED_FROM} to 0.33",
-            found=str(found),
-            hint="install a supported vLLM, or a kvmesh that supports this one",
-        )
 
 
 check_version(installed_version())
@@ -133,6 +118,7 @@ __all__ = [
     "TransferJob",
     "TransferResult",
     "VllmConfig",
+    "check_version",
     "current_platform",
     "init_logger",
     "installed_version",

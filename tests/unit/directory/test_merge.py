@@ -27,6 +27,20 @@ def member(incarnation: str = FIRST_LIFE, name: str = "peer") -> Member:
     )
 
 
+USE = UseReport(
+    instance_id="me",
+    incarnation=FIRST_LIFE,
+    requests=1,
+    chunks=1,
+    device_chunks=0,
+    own_chunks=0,
+    peer_chunks=0,
+    new_alone=1.0,
+    threshold=1,
+    hashes=b"",
+)
+
+
 class Listener:
     def __init__(self) -> None:
         self.members: dict[str, str] = {}
@@ -55,7 +69,7 @@ class Listener:
 
     def take_use_report(self, *, whole: bool) -> UseReport | None:
         self.reports += 1
-        return UseReport("me", FIRST_LIFE) if self.reports == 1 or whole else None
+        return USE if self.reports == 1 or whole else None
 
     def statistics(self) -> NodeStatistics:
         return NodeStatistics()
