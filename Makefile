@@ -1,6 +1,6 @@
 # Everything runs in the locked environment .venv, which `make setup` makes (see scripts/setup).
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chaos test test-unit test-fuzz test-contract test-process test-browser test-chart test-e2e \
+.PHONY: help setup demo tutorial chaos test test-unit test-fuzz test-contract test-process test-browser test-chart test-e2e \
   browser chart-tools \
   chart-check check format lock clean
 SHELL := /bin/bash
@@ -16,6 +16,9 @@ setup: ## make or update .venv (PYTHON=, TORCH_INDEX= where the defaults do not 
 
 demo: setup ## two vLLM servers on this machine, one reuses what the other has computed
 	@.venv/bin/kvmesh demo
+
+tutorial: chart-tools ## the Kubernetes tutorial without a cluster: its pods as processes (root; TUTORIAL="--controller", "--bench")
+	@PYTHONPATH=src:tests $(python) -m support.kube $(TUTORIAL)
 
 test: setup browser ## all tests: unit, fuzz, contract, process, browser, chart, e2e; says what each stage took
 	@$(python) scripts/run_tests.py

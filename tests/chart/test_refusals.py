@@ -142,3 +142,14 @@ servingEngineSpec:
     assert "IGNORED    cacheserverSpec" in told
     assert "IGNORED    m: lmcacheConfig.diskOffloadingBufferSize" in told
     assert "IGNORED    routerSpec.engineScrapeInterval" in told
+
+
+def test_the_packaged_chart_is_as_strict(any_helm: Helm, tmp_path: Path) -> None:
+    """The schema is in the package, so a misspelt key is refused there too."""
+    packaged = any_helm.run("package", CHART, "--destination", tmp_path)
+    assert packaged.code == 0, packaged.err
+    (archive,) = tmp_path.glob("kvmesh-stack-*.tgz")
+    assert any_helm.run("template", "vllm", archive, "-f", SEED).code == 0
+    refused = any_helm.run("template", "vllm", archive, "--set", "routerspec.x=1")
+    assert refused.code != 0
+    assert "routerspec" in refused.err

@@ -322,3 +322,9 @@ def test_redis_of_ones_own(any_helm: Helm) -> None:
     result = any_helm.render(CONTROLLER, sets=sets)
     assert variables(engine(result, "llama"))["KVMESH_LOOKUP_URL"] == {"secretKeyRef": {"name": "r", "key": "url"}}
     assert not any("lookup-server" in one["metadata"]["name"] for one in result.manifests)
+
+
+def test_zero_engines_are_zero(any_helm: Helm) -> None:
+    """Scaled to nothing, not to the default."""
+    result = any_helm.render(CONTROLLER, sets=["servingEngineSpec.modelSpec[0].replicaCount=0"])
+    assert result.find("Deployment", "vllm-llama-deployment-vllm")["spec"]["replicas"] == 0

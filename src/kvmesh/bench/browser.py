@@ -42,8 +42,21 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+class BrowserError(Exception):
+    """The browser did not start, or the page did not come in time."""
+
+
 def measure_page(url: str, chromium: str, *, pages: int) -> PageTimes:
-    """Open the page, and `pages` in all, and measure the first one."""
+    """Open the page, and `pages` in all, and measure the first one. Raises BrowserError."""
+    from playwright.sync_api import Error  # noqa: PLC0415 - only where it is installed
+
+    try:
+        return _measure_page(url, chromium, pages)
+    except Error as error:
+        raise BrowserError(error.message.splitlines()[0]) from None
+
+
+def _measure_page(url: str, chromium: str, pages: int) -> PageTimes:
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 - only where it is installed
 
     with sync_playwright() as playwright:

@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.bench.browser import PageTimes, find_chromium, measure_page
+from kvmesh.bench.browser import BrowserError, PageTimes, find_chromium, measure_page
 from kvmesh.bench.cluster import Controller, wait_healthy
 from kvmesh.bench.swarm import Swarm, SwarmPlan, SwarmStatistics, percentile
 from kvmesh.bench.swarm_controller import ControllerLink, ControllerUrls
@@ -140,7 +140,7 @@ def measure(plan: ControllerPlan, console: Console) -> ControllerResult:
         time.sleep(SETTLE_S)
         result.quiet_cpu_percent = _cpu_percent(process, QUIET_S)
         console.print(f"{plan.events_per_s:g} events/s for {plan.seconds:g} s ...")
-        _measure_busy(plan, swarm, http, process, result)
+        _measure_busy(plan, swarm, http, process, result, console)
         result.after_mb = _memory_mb(process)
         result.dropped_members = wanted.instances - int(http.get("/api/v1/totals").json()["instances"])
     return result
@@ -162,7 +162,12 @@ def _join(swarm: Swarm, http: httpx.Client) -> float:
 
 
 def _measure_busy(
-    plan: ControllerPlan, swarm: Swarm, http: httpx.Client, process: psutil.Process, result: ControllerResult
+    plan: ControllerPlan,
+    swarm: Swarm,
+    http: httpx.Client,
+    process: psutil.Process,
+    result: ControllerResult,
+    console: Console,
 ) -> None:
     swarm.publish(plan.events_per_s)
     time.sleep(SETTLE_S)
@@ -183,7 +188,10 @@ def _measure_busy(
     result.calls = _measure_calls(http, min(plan.seconds, 10.0))
     chromium = find_chromium() if plan.pages else None
     if chromium is not None:
-        result.page = measure_page(str(http.base_url), chromium, pages=plan.pages)
+        try:
+            result.page = measure_page(str(http.base_url), chromium, pages=plan.pages)
+        except BrowserError as error:
+            console.print(f"the page could not be measured: {error}")
     swarm.publish(0.0)
 
 

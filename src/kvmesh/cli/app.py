@@ -357,6 +357,39 @@ def bench_controller(
     raise typer.Exit(run_controller_benchmark(plan, as_json=as_json))
 
 
+@bench_app.command("directory")
+def bench_directory(
+    instances: Annotated[str, typer.Option(help="Numbers of simulated instances, with commas.")] = "10,100,1000",
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks that each of them holds; all are different.")] = 3000,
+    formats: Annotated[int, typer.Option(min=1, help="Formats: an instance follows those of its own.")] = 20,
+    events: Annotated[float, typer.Option(min=1, help="Changes per second, in all, at the largest number.")] = 10_000.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each is measured.")] = 10.0,
+    directories: Annotated[str, typer.Option(help="controller, redis, or both with a comma.")] = "controller,redis",
+    modes: Annotated[str, typer.Option(help="replica, query, or both with a comma.")] = "replica,query",
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the growth (needs the `bench` extra): a .png file.")
+    ] = None,
+    as_json: JsonFlag = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="10 and 40 instances, 100 chunks, 200 changes/s, 2 s.")
+    ] = False,
+) -> None:
+    """Controller and Redis, followed or asked, with more and more instances: memory, CPU, delays, full resync."""
+    from kvmesh.bench.directory import DirectoryPlan, run_directory_benchmark
+
+    sizes = tuple(int(size) for size in instances.split(","))
+    plan = DirectoryPlan(
+        sizes=(10, 40) if quick else sizes,
+        chunks=100 if quick else chunks,
+        formats=2 if quick else formats,
+        events_per_s=200.0 if quick else events,
+        seconds=2.0 if quick else seconds,
+        kinds=tuple(directories.split(",")),
+        modes=tuple(modes.split(",")),
+    )
+    raise typer.Exit(run_directory_benchmark(plan, as_json=as_json, plot=plot))
+
+
 @bench_app.command("chaos")
 def bench_chaos(
     quick: Annotated[bool, typer.Option("--quick", help="The most telling cells, in less than two minutes.")] = False,

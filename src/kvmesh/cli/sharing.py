@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 
@@ -14,13 +15,11 @@ API_KEY_VARIABLE = "VLLM_API_KEY"
 
 def run_check(services: Sequence[str], *, model: str, prompt_tokens: int, timeout_s: float, as_json: bool) -> int:
     """Check and print; the exit status. Raises StartupError when that is not possible."""
-    from kvmesh.cli.shared import print_json
-
     urls = engines_of(services)
     api_key = os.environ.get(API_KEY_VARIABLE)
     result = check_sharing(urls, model=model, prompt_tokens=prompt_tokens, timeout_s=timeout_s, api_key=api_key)
     if as_json:
-        print_json({**result._asdict(), "shared": result.pulled_chunks > 0})
+        typer.echo(json.dumps({**result._asdict(), "shared": result.pulled_chunks > 0}, indent=2))
     else:
         for line in _lines(result):
             typer.echo(line)

@@ -104,7 +104,8 @@ class Cluster:
         while not condition():
             if self._problem is not None:
                 raise self._problem
-            failed = [pod for pod in self.pods.values() if pod.is_over and not _is_job(pod.object)]
+            over = [pod for pod in list(self.pods.values()) if pod.is_over and not pod.is_ending]
+            failed = [pod for pod in over if not _is_job(pod.object)]
             assert not failed, f"{failed[0].name} has ended\n{self.logs()}"
             assert time.monotonic() < until_s, f"no {what} after {timeout_s} s\n{self.logs()}"
             time.sleep(0.05)
@@ -158,7 +159,7 @@ class Cluster:
             0 if strategy.get("type") == "Recreate" or workload["kind"] == "StatefulSet" else rolling.get("maxSurge", 1)
         )
         missing = wanted if strategy.get("type") == "Recreate" else rolling.get("maxUnavailable", 1)
-        ending = {pod.name for pod in pods if pod._ending.is_set()}
+        ending = {pod.name for pod in pods if pod.is_ending}
         # Pods that are ending still have their GPU, so they count.
         if len(fresh) < wanted and len(pods) < wanted + surge:
             self._start(workload, current)

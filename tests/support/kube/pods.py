@@ -95,6 +95,10 @@ class Pod:
     def is_over(self) -> bool:
         return self._thread.ident is not None and not self._thread.is_alive()
 
+    @property
+    def is_ending(self) -> bool:
+        return self._ending.is_set()
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -297,9 +301,11 @@ class Pod:
             if "tcpSocket" in probe:
                 socket.create_connection((self.address, port), timeout_s).close()
                 return True
-            connection = http.client.HTTPConnection(self.address, port, timeout=timeout_s)
-            connection.request("GET", check["path"])
-            return 200 <= connection.getresponse().status < 400
+            with contextlib.closing(http.client.HTTPConnection(self.address, port, timeout=timeout_s)) as connection:
+                connection.request("GET", check["path"])
+                answer = connection.getresponse()
+                answer.read()
+                return 200 <= answer.status < 400
         except (OSError, http.client.HTTPException):
             return False
 

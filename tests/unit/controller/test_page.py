@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import types
 
 import msgspec
 import pytest
+from pydantic import TypeAdapter
 
 from kvmesh.controller.activity import Saved
 from kvmesh.controller.api import Context
 from kvmesh.controller.formats import format_pairs
 from kvmesh.controller.log import LogLimiter, fields
+from kvmesh.controller.operation_bodies import OperationBody
 from kvmesh.controller.process import LineFormatter
 from kvmesh.controller.traffic import Route
 from kvmesh.controller.ui import units
@@ -18,6 +21,8 @@ from kvmesh.controller.ui.attention import headline, notices_of
 from kvmesh.controller.ui.compatibility import CHANGES, differences_of, sentence
 from kvmesh.controller.ui.live import Moment
 from kvmesh.controller.ui.members import STATES, Member
+from kvmesh.controller.ui.operations import Form
+from kvmesh.controller.ui.operations import sentence as sentence_of
 from kvmesh.controller.ui.overview import prefill_note, thinned
 from kvmesh.core.format import Format
 from kvmesh.wire import directory as wire
@@ -241,3 +246,48 @@ def test_log_limiter():
     assert limiter.allow("a", 10.0) == 5
     assert limiter.allow("c", 11.0) == 0
     assert len(limiter._last) == 2
+
+
+class TestWhoMayChangeSomething:
+    """The page's operations keep to the rules of the HTTP API."""
+
+    def refusal(self, *, token: str | None, shown: str, client: str = "127.0.0.1", origin: str = "http://127.0.0.1:9"):
+        context = Context(Cluster().registry, NoFeed(), token=token)
+        headers = [(b"host", b"127.0.0.1:9"), (b"origin", origin.encode()), (b"authorization", b"Bearer somebody")]
+        scope = {"type": "websocket", "headers": headers, "client": (client, 1), "path": "/"}
+        reader = types.SimpleNamespace(environ={"asgi.scope": scope})
+        return Form(context, reader)._refusal(shown)  # type: ignore[arg-type]
+
+    def test_with_a_cluster_key_the_token_decides(self):
+        """What the reader types, not what the browser sends by itself."""
+        assert self.refusal(token="right", shown="right", client="10.0.0.9") is None
+        for wrong in ("", "wrong"):
+            assert self.refusal(token="right", shown=wrong).code == "bad_token"
+
+    def test_without_a_key_only_this_machine(self):
+        """And no page of somebody else's that this machine's browser shows."""
+        assert self.refusal(token=None, shown="") is None
+        assert self.refusal(token=None, shown="", client="10.0.0.9").code == "writes_need_loopback"
+        assert self.refusal(token=None, shown="", origin="http://evil.example").code == "writes_need_loopback"
+
+    def test_a_page_without_a_connection_changes_nothing(self):
+        context = Context(Cluster().registry, NoFeed())
+        form = Form(context, types.SimpleNamespace(environ=None))  # type: ignore[arg-type]
+        assert form._refusal("").code == "no_connection"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"kind": "clear"}, "Clear everything on every instance."),
+        ({"kind": "clear", "instance": "a", "text": "x"}, "Clear the chunks of this prompt on a."),
+        ({"kind": "pin", "text": "x", "seconds": 3600}, "Pin the chunks of this prompt on every instance for 60 min."),
+        ({"kind": "warm", "instance": "a", "hottest": 5}, "Have a fetch the 5 hottest chunks from others."),
+        ({"kind": "drain", "instance": "a", "hand_over": 3}, "Drain a: hand over up to 3 chunks, then leave."),
+        ({"kind": "move", "from": "a", "to": "b"}, "Move everything from a to b."),
+        ({"kind": "resume", "instance": "a"}, "Have a publish and fetch again."),
+        ({"kind": "unpin"}, "Unpin everything on every instance."),
+    ],
+)
+def test_the_confirmation_says_what_will_happen(body, words):
+    assert sentence_of(TypeAdapter(OperationBody).validate_python(body)) == words

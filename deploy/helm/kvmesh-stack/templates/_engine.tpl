@@ -6,6 +6,11 @@
 {{- end -}}
 {{- end }}
 
+{{/* Zero is a number too, which `default` would not see. */}}
+{{- define "kvmesh.engine.replicas" -}}
+{{- if hasKey .model "replicaCount" -}}{{ int .model.replicaCount }}{{- else -}}1{{- end -}}
+{{- end }}
+
 {{/* Whether kvmesh is this model's connector. */}}
 {{- define "kvmesh.engine.cached" -}}
 {{- with .model.lmcacheConfig -}}{{- if .enabled -}}yes{{- end -}}{{- end -}}
@@ -57,7 +62,7 @@
 {{- if .model.pvcStorage -}}
 {{- $modes := .model.pvcAccessMode | default (list "ReadWriteOnce") -}}
 {{- if or (eq (.model.workload | default "Deployment") "StatefulSet") -}}each
-{{- else if or (has "ReadWriteMany" $modes) (has "ReadOnlyMany" $modes) (le (int (.model.replicaCount | default 1)) 1) -}}shared
+{{- else if or (has "ReadWriteMany" $modes) (has "ReadOnlyMany" $modes) (le (include "kvmesh.engine.replicas" . | int) 1) -}}shared
 {{- else -}}each
 {{- end -}}
 {{- end -}}

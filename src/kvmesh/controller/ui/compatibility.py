@@ -72,7 +72,7 @@ def differences_table() -> Table[Difference]:
             Column("is", "Have", lambda one: one.ours or "nothing", kind="code"),
             Column("theirs", "Those instances", lambda one: members(one.pair.theirs)),
             Column("other", "Have", lambda one: one.theirs or "nothing", kind="code"),
-            Column("change", "To share", lambda one: CHANGES.get(one.field, "Make it the same.")),
+            Column("change", "To share", lambda one: CHANGES.get(one.field, "Make it the same."), kind="long"),
             Column(
                 "model",
                 "Model",

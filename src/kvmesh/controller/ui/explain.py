@@ -174,8 +174,8 @@ def _request_form(request: str) -> None:
 def missed_table(*, brief: bool = False) -> Table[MissShareView]:
     """One row per reason; in brief without words."""
     words: list[Column[MissShareView]] = [
-        Column("text", "Why", lambda one: one.text),
-        Column("change", "What to change", lambda one: one.change),
+        Column("text", "Why", lambda one: one.text, kind="long"),
+        Column("change", "What to change", lambda one: one.change, kind="long"),
     ]
     return Table[MissShareView](
         [
@@ -205,7 +205,7 @@ def recent_table() -> Table[tuple[RecentRequestView, int]]:
             Column("tokens", "Tokens", lambda one: count(one[0].prompt_tokens), _tokens, right=True),
             Column("found", "Found", _found_cell, lambda one: found_share(one[0].found), right=True),
             Column("reason", "First reason", lambda one: one[0].reason or "", lambda one: one[0].reason or ""),
-            Column("summary", "In words", lambda one: one[0].summary),
+            Column("summary", "In words", lambda one: one[0].summary, kind="long"),
         ],
         caption="Recent requests of all instances",
         empty="No instance has told of a request yet",

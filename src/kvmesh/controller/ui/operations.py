@@ -113,7 +113,7 @@ def operations_table() -> Table[Shown]:
             Column("progress", "Chunks", _progress, right=True),
             Column("moved", "Bytes", lambda one: size(one[0].bytes_done) if one[0].bytes_done else NOTHING, right=True),
             Column("when", "Asked", _created, lambda one: -one[0].created_age_s, right=True),
-            Column("notes", "What became of it", lambda one: outcome(one[0])),
+            Column("notes", "What became of it", lambda one: outcome(one[0]), kind="long"),
             Column("act", "", _button),
         ],
         caption="Operations, newest first",

@@ -33,7 +33,7 @@ class Column(NamedTuple, Generic[R]):
     order: Order[R] | None = None
     right: bool = False
     kind: str = "text"
-    """text, state (a dot in the cell's tone) or code."""
+    """text, state (a dot in the cell's tone), code, or long (sentences)."""
 
 
 def cell(

@@ -135,7 +135,7 @@ def fetches_table(rows: int, *, searchable: bool = True) -> Table[Seen]:
                 lambda one: one[0].report.seconds,
                 right=True,
             ),
-            Column("misses", "Missed", lambda one: missed(one[0])),
+            Column("misses", "Missed", lambda one: missed(one[0]), kind="long"),
         ],
         caption="The last fetches, newest first",
         empty="No fetch has ended yet",

@@ -41,7 +41,7 @@ export default {
           {{ fetch.holders.join(", ") || "nobody" }} over {{ fetch.transport }} in {{ time(fetch.seconds) }}<span class="km-muted">{{ missed(fetch.misses) }}</span></p>
         <h2 v-if="one.peers.length">Peers that took part</h2>
         <p v-for="peer in one.peers" :key="peer.instance_id"><a :href="'/instance?id=' + encodeURIComponent(peer.instance_id)">{{ peer.instance_id }}</a>
-          <span class="km-muted"> {{ peer.address }} {{ peer.transport }}, kvmesh {{ peer.version || "unknown" }}<template v-if="peer.breaker === 'open'">, left alone for a moment after failures</template><template v-if="!peer.breaker">, no peer now</template><template v-if="peer.corrupt_chunks">, {{ peer.corrupt_chunks }} corrupt chunks</template></span></p>
+          <span class="km-muted">&nbsp;{{ peer.address }} {{ peer.transport }}, kvmesh {{ peer.version || "unknown" }}<template v-if="peer.breaker === 'open'">, left alone for a moment after failures</template><template v-if="!peer.breaker">, no peer now</template><template v-if="peer.corrupt_chunks">, {{ peer.corrupt_chunks }} corrupt chunks</template></span></p>
       </article>
       <p v-if="unanswered.length" class="km-muted">Did not answer: {{ unanswered.map((one) => one.instance_id + " (" + one.code + ")").join(", ") }}</p>
     </section>`,

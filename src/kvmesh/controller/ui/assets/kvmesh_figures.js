@@ -7,7 +7,7 @@ export default {
         <dt>{{ one.name }}</dt>
         <dd class="km-value km-num" :class="one.tone && 'km-text-' + one.tone">{{ one.value }}<small v-if="one.unit">{{ one.unit }}</small></dd>
         <dd class="km-note">{{ one.note }}</dd>
-        <svg v-if="one.points && one.points.length > 1" class="km-spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">
+        <svg v-if="one.points && one.points.length > 3" class="km-spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">
           <path class="km-area" :d="path(one.points) + 'L100 24L0 24Z'"/><path class="km-line" :d="path(one.points)"/>
         </svg>
       </div>

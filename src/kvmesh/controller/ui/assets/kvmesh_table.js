@@ -105,7 +105,8 @@ export default {
     },
     classes(column, cell) {
       const tone = this.of(cell).o;
-      return { "km-right km-num": column.right, "km-code": column.kind === "code", [`km-text-${tone}`]: tone && column.kind !== "state" };
+      const empty = cell === "" || cell === null;
+      return { "km-right km-num": column.right, "km-code": column.kind === "code", "km-long": column.kind === "long", "km-none": empty, [`km-text-${tone}`]: tone && column.kind !== "state" };
     },
     by(column) {
       this.descending = column.name === this.sort ? !this.descending : Boolean(column.right);
