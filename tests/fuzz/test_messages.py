@@ -15,7 +15,7 @@ from fuzz.inputs import hostile, tagged_maps
 from kvmesh.bench.stand_in import make_key, stand_in_format
 from kvmesh.core.gate import Verdict
 from kvmesh.core.reasons import MissReason
-from kvmesh.wire import control, directory, explain, link, operations, peer
+from kvmesh.wire import control, directory, explain, follow, link, operations, peer
 from kvmesh.wire.causes import make_cause
 from kvmesh.wire.framing import FrameBuffer, FrameError, pack_frame
 from unit.controller.makers import make_keys, make_member
@@ -30,6 +30,8 @@ DIRECTORY = [
         directory.Heartbeat(*WHO, 3, directory.NodeStatistics(misses={"evicted": 4}), 1, 2),
         directory.SnapshotRequest(*WHO),
         directory.Leave(*WHO),
+        directory.Query(*WHO, 7, make_keys(3)),
+        directory.Holders(7, [WHO], [[0], [], [0]]),
         directory.FetchReport(
             instance_id="a",
             incarnation="0" * 16,
@@ -170,6 +172,8 @@ LINK = [
         link.Start(b"{}", FORMAT, 3, (link.Segment(4, 0, 4096),), 1),
         link.Publish([1, 2], fetched=True),
         link.Retract([3]),
+        link.Ask(make_keys(2)),
+        link.Answered(make_keys(1), make_keys(2)),
         link.Fetch(1, "r", [make_key("a")], [0], 5.0),
         link.Fetch(1, "r", [make_key("a")], [0], 5.0, link.SavedPrefill(0.1, 0.2, 0.0)),
         link.GiveUp(),
@@ -219,6 +223,7 @@ RAW = {
     "directory.request": (directory.request_decoder, directory.Request, DIRECTORY),
     "directory.event": (directory.event_decoder, directory.Event, DIRECTORY),
     "directory.notice": (directory.notice_decoder, directory.Notice, DIRECTORY),
+    "follow.told": (follow.told_decoder, follow.Told, DIRECTORY),
     "link.to_node": (link.to_node_decoder, link.ToNode, LINK),
     "link.to_engine": (link.to_engine_decoder, link.ToEngine, LINK),
 }

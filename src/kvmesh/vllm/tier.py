@@ -55,8 +55,10 @@ logger = init_logger("vllm.kvmesh.tier")
 
 MAX_FAILED_KEYS = 100_000
 """Bound of the negative cache; beyond it the oldest entries go."""
-ASK_WAIT_S = 0.02
-"""How long a request waits for the directory's answer: one step of a busy engine, or a moment of an idle one."""
+ASK_WAIT_S = 0.1
+"""How long a request waits for the directory's answer, which comes within a step of a busy engine."""
+SLOW_S = 2.0
+"""After an answer that did not come in time, requests ask without waiting for so long."""
 ASK_AGAIN_S = 2.0
 """A request that has waited for its turn longer than answers are believed asks once more."""
 
@@ -110,6 +112,8 @@ class PeerTier(SecondaryTierManager):
         self._failed_until_s: dict[OffloadKey, tuple[float, MissReason]] = {}
         self._requests: dict[str, RequestState] = {}
         """Of the requests that vLLM has not finished, by its id."""
+        self._slow_until_s = -math.inf
+        """The directory was too slow for a request a moment ago: nobody waits for it until then."""
         self._held = False
         """The pool was thrown away, and copies of before may still be under way (see `drain_jobs`)."""
         self._metrics = TierMetrics()
@@ -199,7 +203,12 @@ class PeerTier(SecondaryTierManager):
             request.asked_at_s = now_s
             keys = list(req_context._offload_key_positions)  # noqa: SLF001  (vLLM keeps the order there only)
             self._node.ask(keys[keys.index(key) :] if key in keys else [key])
-        return now_s - request.asked_at_s < ASK_WAIT_S
+        if now_s < self._slow_until_s:
+            return False
+        if now_s - request.asked_at_s < ASK_WAIT_S:
+            return True
+        self._slow_until_s = now_s + SLOW_S
+        return False
 
     # -- explanations: called by the connector -------------------------------------------------------------------------
 

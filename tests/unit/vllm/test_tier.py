@@ -565,8 +565,10 @@ class TestAsking:
         assert tier.lookup(C, context) is LookupResult.RETRY
         monkeypatch.setattr(tier_module, "ASK_WAIT_S", 0.0)
         assert tier.lookup(C, context) is LookupResult.MISS
+        assert tier.lookup(D, ReqContext("r2")) is LookupResult.MISS, "and nobody waits for a moment after that"
+        assert node.asked.pop() == [D]
         assert len(node.asked) == 1, "nobody asks again at each step"
-        assert lookups(tier) == {("hit", ""): 1, ("miss", "not_published"): 1, ("miss", "directory_slow"): 1}
+        assert lookups(tier) == {("hit", ""): 1, ("miss", "not_published"): 1, ("miss", "directory_slow"): 2}
 
     def test_nobody_waits_for_a_directory_that_is_gone(self, tier):
         tier.node.state = NodeState(True, False, True, 1, asks=True)
