@@ -51,7 +51,6 @@ try:
         OffloadKey,
         ReqContext,
         RequestOffloadingContext,
-        ScheduleEndContext,
         TransferResult,
         make_offload_key,
     )
@@ -112,7 +111,6 @@ __all__ = [
     "Request",
     "RequestOffloadingContext",
     "SamplingParams",
-    "ScheduleEndContext",
     "SecondaryTierManager",
     "SharedOffloadRegion",
     "TieringOffloadingManager",
