@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fuzz.effort import fuzz
 from fuzz.inputs import hostile, tagged_maps
 from kvmesh.bench.stand_in import make_key, stand_in_format
+from kvmesh.core.gate import Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.wire import control, directory, explain, follow, link, operations, peer
 from kvmesh.wire.causes import make_cause
@@ -174,6 +175,7 @@ LINK = [
         link.Ask(make_keys(2)),
         link.Answered(make_keys(1), make_keys(2)),
         link.Fetch(1, "r", [make_key("a")], [0], 5.0),
+        link.Fetch(1, "r", [make_key("a")], [0], 5.0, link.SavedPrefill(0.1, 0.2, 0.0)),
         link.GiveUp(),
         link.RequestRecord(
             request_id="r",
@@ -188,6 +190,8 @@ LINK = [
         link.Failed("no"),
         link.FetchDone(1, [None, MissReason.STALE], 4096, 0.1, ["b"]),
         link.Visible([make_key("a")], [make_key("b")], reset=True),
+        link.FetchDone(1, [None], 4096, 0.1, ["b"], link.GateReport(Verdict.PAYS, 1, 1, 0.1, 0.2)),
+        link.Rates([link.PeerRate("b", 0.001, 1e-9, 2)], 1),
         link.Directory(connected=True, ever_connected=True, peers=3),
         *(link.Operate("0" * 16, command, 5.0) for command in COMMANDS),
         link.Operated("0" * 16, REPORT),
@@ -205,6 +209,8 @@ PEER = [
         peer.NixlAttach(),
         peer.Resolve([make_key("a")]),
         peer.Validate([peer.SlotGeneration(1, 3)]),
+        peer.ShmAttach(),
+        peer.ShmAttached([peer.ShmSegment(0, 4096)]),
         peer.Refused("full", "many"),
         peer.Held(b"\x03"),
         peer.Pong(1),

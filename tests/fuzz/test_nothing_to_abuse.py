@@ -28,9 +28,22 @@ OPENS = {
     "symlink",
 }
 ALLOWED_OPENS = {
-    # Our own counting of connections and windows, which only share the name.
+    # These only share the name: windows for a peer's messages, pages and dialogs, links, sealed values.
+    ("controller/fanout.py", "open"),
+    ("controller/redis_watch.py", "open"),
     ("controller/registry.py", "open"),
+    ("controller/ui/operations.py", "open"),
+    ("controller/ui/site.py", "open"),
+    ("directory/redis_client.py", "open"),
+    ("directory/redis_follower.py", "open"),
+    ("directory/redis_publisher.py", "open"),
+    # A password's file, named by the configuration.
+    ("directory/redis_link.py", "read_text"),
+    # Our own descriptors once more, for reading only.
+    ("transfer/shm_holder.py", "open"),
 }
+WRITES_PICKLE = "core/block_hashes.py"
+"""vLLM hashes pickled tuples by default, and we have to hash the same bytes. Nothing is ever read from them."""
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -59,7 +72,10 @@ def test_no_pickle_no_eval(file: Path) -> None:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        assert not {name.split(".")[0] for name in names} & MODULES
+        forbidden = {name.split(".")[0] for name in names} & MODULES
+        assert not forbidden or (forbidden == {"pickle"} and file == ROOT / WRITES_PICKLE)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+            assert node.attr in {"dumps", "HIGHEST_PROTOCOL"}
         if isinstance(node, ast.keyword) and node.arg == "shell":
             assert isinstance(node.value, ast.Constant)
             assert node.value.value is False
@@ -88,7 +104,12 @@ def test_what_faces_the_network_does_not_hand_out_the_environment(package: str) 
     for file in sorted((ROOT / package).rglob("*.py")):
         tree = ast.parse(file.read_text())
         uses = [
-            node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb"}
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and node.attr in {"environ", "environb"}
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
         ]
         single = {
             id(node.value)

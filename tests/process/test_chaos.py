@@ -30,12 +30,13 @@ TCP_CELLS = (
     "controller-killed",
     "random-frames",
 )
+SHM_CELLS = ("peer-node-killed", "slots-reused")
 NIXL_CELLS = ("peer-node-killed", "nixl-process-killed", "slots-reused")
 
 
 @pytest.mark.parametrize(
     ("transport", "cells"),
-    [("tcp", TCP_CELLS), pytest.param("nixl", NIXL_CELLS, marks=needs_nixl)],
+    [("tcp", TCP_CELLS), ("shm", SHM_CELLS), pytest.param("nixl", NIXL_CELLS, marks=needs_nixl)],
 )
 def test_cells_pass(transport: str, cells: tuple[str, ...], tmp_path: Path) -> None:
     """One after the other on one cluster: every request is answered, in time, with the right bytes; all heals."""

@@ -31,6 +31,10 @@ class Pair(NamedTuple):
         return "\n".join(f"--- {process.name}\n{tail(process.log(), 60)}" for process in self)
 
 
+STEADY = {"fetch_gate": "off"}
+"""So small a model on so busy a machine may well be quicker to compute than to fetch."""
+
+
 @contextlib.contextmanager
 def running_pair(
     folder: Path,
@@ -41,7 +45,9 @@ def running_pair(
     max_model_len: int = 8192,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Pair]:
-    """A controller and two instances that know each other; everything ends with the block."""
+    """A controller and two instances that know each other; everything ends with the block. Unless `config` says
+    otherwise, whatever a peer holds is fetched.
+    """
     with contextlib.ExitStack() as stack:
         controller = Controller(folder)
         stack.callback(controller.stop)
@@ -53,7 +59,7 @@ def running_pair(
                 f"instance-{number}",
                 model,
                 folder,
-                instance_config(number, controller, **(config or {})),
+                instance_config(number, controller, **(STEADY | dict(config or {}))),
                 core=number - 1,
                 arguments=arguments,
                 max_model_len=max_model_len,

@@ -29,6 +29,7 @@ from kvmesh.transfer.base import FetchItem, Located
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.transfer.shm_holder import ShmHolder
 from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.peer import Hello
 
@@ -128,7 +129,7 @@ def hello(
     chunk_bytes: int, instance_id: str = HOLDER, incarnation: str = HOLDER_INCARNATION, **changes: object
 ) -> Hello:
     return Hello.of(
-        instance_id, incarnation, kv_format(chunk_bytes, **changes), transports=("nixl", "tcp"), pid=os.getpid()
+        instance_id, incarnation, kv_format(chunk_bytes, **changes), transports=("shm", "nixl", "tcp"), pid=os.getpid()
     )
 
 
@@ -144,8 +145,10 @@ class HolderProcess:
         port: int = 0,
         racing: tuple[int, ...] = (),
         ucx_tls: str = "",
+        shm: bool = False,
     ) -> None:
         options = {"chunks": chunks, "chunk_bytes": chunk_bytes, "nixl": nixl, "port": port, "racing": racing}
+        options["shm"] = shm
         options["key"] = os.environ.get("KVMESH_CLUSTER_KEY", "")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), json.dumps(options)],
@@ -226,6 +229,7 @@ def main() -> None:
         host="127.0.0.1",
         port=options["port"],
         nixl=holder,
+        shm=ShmHolder(pool, store.ledger, HOLDER_INCARNATION) if options["shm"] else None,
         security=PeerSecurity(key=ClusterKey(options["key"]).peer_key()) if options["key"] else OPEN,
     )
     server.start()

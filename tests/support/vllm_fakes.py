@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.config import (
 )
 
 from kvmesh.core.format import Format
+from kvmesh.core.gate import Saved, Source
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import FinishedJob, NodeState
@@ -79,6 +80,8 @@ class FakeNode:
         self.on_request: Callable[[link.Operate | link.MakeKeys], None] | None = None
         self.tokenizer = ""
         self.answers: list[link.Operated | link.KeysMade] = []
+        self.saved: list[Saved | None] = []
+        self.peer: Source | None = None
         self.finished: list[FinishedJob] = []
         self.records: list[link.RequestRecord] = []
         self.started = self.closed = False
@@ -111,7 +114,19 @@ class FakeNode:
     def record(self, record: link.RequestRecord) -> None:
         self.records.append(record)
 
-    def fetch(self, job_id: int, request_id: str, keys: list[bytes], slots: list[int], timeout_s: float) -> None:
+    def fastest(self) -> Source | None:
+        return self.peer
+
+    def fetch(
+        self,
+        job_id: int,
+        request_id: str,
+        keys: list[bytes],
+        slots: list[int],
+        timeout_s: float,
+        saved: Saved | None = None,
+    ) -> None:
+        self.saved.append(saved)
         self.fetches[job_id] = keys
         self.fetch_slots[job_id] = slots
         self.timeouts_s.append(timeout_s)

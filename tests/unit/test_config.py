@@ -357,7 +357,6 @@ class TestCombinations:
             ("tls_ca_file: a.pem\ntls_key_file: b.pem\n", "tls_key_file"),
             ("instance_timeout_s: 1\n", "instance_timeout_s"),
             ("controller_heartbeat_url: tcp://localhost:8300\n", "controller_heartbeat_url"),
-            ("transfer_channel: shm\n", "transfer_channel"),
             ("controller_heartbeat_url: [localhost:1, localhost:2]\n", "controller_heartbeat_url"),
             ("cluster_key_file: no/such/file\n", "cluster_key_file"),
             ("cluster_key_file: no/such/file\nhost: 10.0.0.1\n", "cluster_key_file"),
@@ -373,7 +372,7 @@ class TestCombinations:
 
     def test_all_problems_at_once(self) -> None:
         """Unknown keys, wrong values and impossible combinations come in one error."""
-        text = "chunk_size: x\nfoo: 1\npeer_port: 1\nlookup_port: 1\ntransfer_channel: shm\nmax_local_cpu_size: y\n"
+        text = "chunk_size: x\nfoo: 1\npeer_port: 1\nlookup_port: 1\ntransfer_channel: rdma\nmax_local_cpu_size: y\n"
         keys = {problem.key for problem in problems_of(text)}
         assert keys == {"chunk_size", "foo", "lookup_port", "transfer_channel", "max_local_cpu_size"}
 

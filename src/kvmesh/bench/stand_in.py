@@ -18,6 +18,7 @@ import numpy as np
 
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
+from kvmesh.core.gate import Saved
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import FinishedJob, NodeHandle
@@ -259,11 +260,29 @@ class StandInEngine:
             )
         )
 
-    def _fetch(self, keys: Sequence[bytes], timeout_s: float, request_id: str) -> tuple[FinishedJob, list[int]]:
+    def fetch(self, keys: Sequence[bytes], timeout_s: float, saved: Saved | None = None) -> FinishedJob:
+        """Fetch chunks that are not in the pool, and publish those that came. Checks nothing: see `is_wrong`."""
+        self._job_id += 1
+        finished, slots = self._fetch(keys, timeout_s, f"request-{self._job_id}", saved)
+        good = []
+        for key, slot, reason in zip(keys, slots, finished.reasons, strict=True):
+            if reason is not None:
+                self._free.append(slot)
+                continue
+            self._slots[key] = slot
+            self.ledger.publish(slot, key)
+            good.append(slot)
+        if good:
+            self.node.publish(good, fetched=True)
+        return finished
+
+    def _fetch(
+        self, keys: Sequence[bytes], timeout_s: float, request_id: str, saved: Saved | None = None
+    ) -> tuple[FinishedJob, list[int]]:
         slots = [self._allocate() for _ in keys]
         self._busy.update(slots)
         job_id = self._job_id
-        self.node.fetch(job_id, request_id, list(keys), slots, timeout_s)
+        self.node.fetch(job_id, request_id, list(keys), slots, timeout_s, saved)
         while job_id not in self._results:
             for finished in self.node.take_finished():
                 self._results[finished.job_id] = finished

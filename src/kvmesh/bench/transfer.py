@@ -29,6 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.certificates import Authority, has_openssl
+from kvmesh.bench.chaos import network
+from kvmesh.bench.holders import HoldersRow, measure_holders
+from kvmesh.bench.plot import line_chart
+from kvmesh.bench.yardsticks import RedisValues, iperf3_gb_per_s, redis_program
 from kvmesh.config import TlsFiles
 from kvmesh.core.format import Format
 from kvmesh.core.keys import ChunkKey
@@ -38,8 +42,10 @@ from kvmesh.node.peer_server import PeerServer
 from kvmesh.transfer.base import Deadline, FetchItem, Located, PeerTransport
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
-from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.pool import HostPool, PoolSegment
 from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.transfer.shm import ShmTransport
+from kvmesh.transfer.shm_holder import ShmHolder
 from kvmesh.transfer.tcp import TcpTransport
 from kvmesh.transfer.tls import Tls
 from kvmesh.wire.auth import ClusterKey
@@ -48,8 +54,24 @@ from kvmesh.wire.peer import Hello
 MIB = 1 << 20
 CHUNK_SIZES_BYTES = (64 << 10, MIB, 8 * MIB, 32 * MIB)
 BATCHES = (1, 8, 64)
-METHODS = ("memcpy", "socket", "tcp", "tcp-unchecked", "tcp-key", "tcp-tls", "nixl")
-"""`tcp-key`: with a cluster key, so MACs on all frames, headers and trailers. `tcp-tls`: with that and inside TLS."""
+METHODS = (
+    "memcpy",
+    "memcpy-first",
+    "shm",
+    "shm-unchecked",
+    "socket",
+    "tcp",
+    "tcp-unchecked",
+    "tcp-key",
+    "tcp-tls",
+    "nixl",
+    "redis",
+)
+"""`memcpy-first`: out of memory that this process maps for the first time, as a chunk of another one is when it is read
+once. `-unchecked`: without comparing checksums. `tcp-key`: with a cluster key, so MACs on all frames, headers and
+trailers. `tcp-tls`: with that and inside TLS. `redis`: GET from a Redis server on this host.
+"""
+MAX_BATCH = 64
 POOL_BYTES = 256 * MIB
 """Cases that need more are left out. Larger than the caches of most machines."""
 _HOST, _HOLDER, _INCARNATION = "127.0.0.1", "holder", "0" * 16
@@ -76,9 +98,15 @@ class TransferBenchmark(msgspec.Struct, frozen=True):
     machine: str
     cores: int
     ucx_tls: str
+    load: float
+    """Of the machine before the run (one minute's average): what else there was to do."""
     skipped: dict[str, str]
     """Methods that could not run, and why."""
     measurements: list[Measurement]
+    iperf3_gb_per_s: float | None
+    links: list[HoldersRow]
+    """Fetches through rate-limited links, by whole nodes."""
+    links_mbit_s: list[float]
 
 
 class _Round(NamedTuple):
@@ -95,6 +123,7 @@ def run_transfer_benchmark(
     rounds: int = 3,
     round_s: float = 0.3,
     connections: int = 2,
+    links_mbit_s: Sequence[float] = (),
     console: Console | None = None,
 ) -> TransferBenchmark:
     """Measure and, with a console, print a table as it goes.
@@ -106,6 +135,7 @@ def run_transfer_benchmark(
         rounds: turns of each method in each case.
         round_s: seconds of one turn.
         connections: connections per fetch, for tcp.
+        links_mbit_s: speeds of rate-limited links to measure, too; left out where namespaces cannot be made.
         console: where to print.
     """
     skipped = {}
@@ -113,6 +143,12 @@ def run_transfer_benchmark(
         skipped["nixl"] = problem
     if "tcp-tls" in methods and not has_openssl():
         skipped["tcp-tls"] = "no openssl to make certificates with"
+    if "redis" in methods and redis_program() is None:
+        skipped["redis"] = "no redis-server"
+    if links_mbit_s and (problem := network.unavailable()):
+        skipped["links"] = problem
+        links_mbit_s = ()
+    load = os.getloadavg()[0]
     usable = [method for method in methods if method not in skipped]
     measurements = []
     for chunk_bytes in chunk_sizes_bytes:
@@ -124,18 +160,41 @@ def run_transfer_benchmark(
         machine=f"{platform.machine()} {platform.system()} {platform.release()}",
         cores=os.cpu_count() or 0,
         ucx_tls=os.environ.get("UCX_TLS", ""),
+        load=load,
         skipped=skipped,
         measurements=measurements,
+        iperf3_gb_per_s=iperf3_gb_per_s(),
+        links=[measure_holders([1], speed, 3)[0] for speed in links_mbit_s],
+        links_mbit_s=list(links_mbit_s),
     )
     if console is not None:
         console.print(table(result))
+        if result.iperf3_gb_per_s is not None:
+            console.print(f"iperf3, one connection: {result.iperf3_gb_per_s:.2f} GB/s")
+        for speed, row in zip(result.links_mbit_s, result.links, strict=True):
+            console.print(f"{speed:g} Mbit/s link: {row.mb_per_s:.1f} MB/s of chunks, {row.link_share:.1%} of the link")
     return result
+
+
+def chart(result: TransferBenchmark) -> str:
+    """The largest batches as SVG: GB/s by chunk size."""
+    largest: dict[tuple[str, int], Measurement] = {}
+    for found in result.measurements:
+        known = largest.get((found.method, found.chunk_bytes))
+        if known is None or known.batch < found.batch:
+            largest[found.method, found.chunk_bytes] = found
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for found in largest.values():
+        lines.setdefault(found.method, []).append((found.chunk_bytes / MIB, found.gb_per_s))
+    title = f"Chunks between two processes of one host, {result.cores} cores"
+    return line_chart(title, "chunk, MiB", "GB/s", lines)
 
 
 def table(result: TransferBenchmark) -> Table:
     """The result for people."""
+    machine = f"{result.cores} cores, load {result.load:.1f}, UCX_TLS={result.ucx_tls or 'default'}"
     shown = Table(
-        title=f"Chunks between two processes, {result.cores} cores, UCX_TLS={result.ucx_tls or 'default'}",
+        title=f"Chunks between two processes, {machine}",
         caption="; ".join(f"{method} left out: {why}" for method, why in result.skipped.items()) or None,
     )
     for column in ("chunk", "batch", "method", "GB/s", "p50 ms", "p99 ms", "fetcher CPU s/GB", "holder CPU s/GB"):
@@ -190,7 +249,7 @@ class _Case:
         ours = _hello("fetcher", self._chunk_bytes)
         for method in self._methods:
             port = holder.ports.get(method, holder.ports["tcp"])
-            target = PeerTarget(_HOLDER, _INCARNATION, _HOST, port, ("nixl", "tcp"))
+            target = PeerTarget(_HOLDER, _INCARNATION, _HOST, port, ("shm", "nixl", "tcp"))
             self._fetches[method] = self._prepare(method, target, ours, pool, holder.socket_port)
         return self
 
@@ -242,6 +301,15 @@ class _Case:
             for slot in range(pool.slots):
                 source.row(slot)[:] = os.urandom(4096) * (pool.chunk_bytes // 4096)
             return lambda batch: _copy(source, pool, batch)
+        if method == "memcpy-first":
+            origin = self._stack.enter_context(closing(HostPool.create(pool.slots, pool.chunk_bytes)))
+            for slot in range(pool.slots):
+                origin.row(slot)[:] = bytes(pool.chunk_bytes)
+            return lambda batch: _copy_first(origin, pool, batch)
+        if method == "redis":
+            values = self._stack.enter_context(RedisValues.running(min(pool.slots, MAX_BATCH), pool.chunk_bytes))
+            self._holder_pids.append(values.pid)
+            return lambda batch: values.fetch(pool, batch)
         if method == "socket":
             raw = self._stack.enter_context(socket.create_connection((_HOST, socket_port)))
             return lambda batch: _receive(raw, pool, batch)
@@ -251,6 +319,8 @@ class _Case:
 
             prepare_environment(_HOST)
             transport = NixlTransport(target, ours, pool)
+        elif method in {"shm", "shm-unchecked"}:
+            transport = ShmTransport(target, ours, pool, threads=self._connections, verify=method == "shm")
         else:
             transport = TcpTransport(
                 target,
@@ -267,6 +337,12 @@ class _Case:
 def _copy(source: HostPool, pool: HostPool, batch: int) -> None:
     for slot in range(batch):
         pool.row(slot)[:] = source.row(slot)
+
+
+def _copy_first(origin: HostPool, pool: HostPool, batch: int) -> None:
+    fd, start, length = origin.segments[0]
+    with closing(HostPool([PoolSegment(os.dup(fd), start, length)], chunk_bytes=origin.chunk_bytes)) as mapped:
+        _copy(mapped, pool, batch)
 
 
 def _receive(raw: socket.socket, pool: HostPool, batch: int) -> None:
@@ -301,7 +377,7 @@ def _hello(instance_id: str, chunk_bytes: int) -> Hello:
     text = dict.fromkeys(Format.__struct_fields__, "benchmark")
     numbers = {"block_tokens": 1, "chunk_tokens": 1, "chunk_bytes": chunk_bytes}
     kv_format = msgspec.convert(text | numbers, Format)
-    return Hello.of(instance_id, _INCARNATION, kv_format, transports=("nixl", "tcp"), pid=os.getpid())
+    return Hello.of(instance_id, _INCARNATION, kv_format, transports=("shm", "nixl", "tcp"), pid=os.getpid())
 
 
 # -- the other process -------------------------------------------------------------------------------------------------
@@ -356,6 +432,7 @@ def main() -> None:
         assert holder.pid is not None
         pids.append(holder.pid)
     servers = {}
+    shm = ShmHolder(pool, ledger, _INCARNATION)
     for method, security in {"tcp": OPEN, **_securities(TlsFiles(*tls) if tls else None)}.items():
         servers[method] = server = PeerServer(
             pool,
@@ -365,6 +442,7 @@ def main() -> None:
             host=_HOST,
             port=0,
             nixl=holder,
+            shm=shm if method == "tcp" else None,
             security=security,
         )
         server.start()

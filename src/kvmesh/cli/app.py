@@ -140,7 +140,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="Measure once, then stop everything.")] = False,
     as_json: JsonFlag = False,
     model: Annotated[Path | None, typer.Option(help="Model folder instead of SmolLM2-135M.")] = None,
-    channel: Annotated[str, typer.Option(help="transfer_channel of both instances: tcp, nixl or auto.")] = "tcp",
+    channel: Annotated[str, typer.Option(help="transfer_channel of both instances: tcp, shm, nixl or auto.")] = "tcp",
     logs: Annotated[
         Path | None, typer.Option(help="Folder for configuration and log files.  [default: a temporary one]")
     ] = None,
@@ -295,15 +295,20 @@ def bench_long_doc_qa(
 def bench_transfer(
     chunk_mb: Annotated[str, typer.Option(help="Chunk sizes in MiB, separated by commas.")] = "0.0625,1,2,8,32",
     batches: Annotated[str, typer.Option(help="Chunks per fetch, separated by commas.")] = "1,8,64",
-    connections: Annotated[int, typer.Option(min=1, help="Connections per fetch, for tcp.")] = 2,
+    connections: Annotated[int, typer.Option(min=1, help="Connections per fetch, for tcp; threads, for shm.")] = 2,
+    methods: Annotated[str, typer.Option(help="Only these, separated by commas.  [default: all]")] = "",
+    links: Annotated[
+        str, typer.Option(help="Also through rate-limited links of so many Mbit/s (root, iproute2).")
+    ] = "1000,5000",
+    plot: Annotated[Path | None, typer.Option(help="Write a chart as SVG into this file.")] = None,
     as_json: JsonFlag = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Two sizes, one batch, short turns.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes, one batch, short turns, no links.")] = False,
 ) -> None:
     """Transports between two processes, beside a raw socket and a memory copy in the same run: GB/s and CPU per GB."""
     import msgspec
     from rich.console import Console
 
-    from kvmesh.bench.transfer import run_transfer_benchmark
+    from kvmesh.bench.transfer import METHODS, chart, run_transfer_benchmark
 
     sizes = [1.0, 8.0] if quick else [float(size) for size in chunk_mb.split(",")]
     result = run_transfer_benchmark(
@@ -311,8 +316,12 @@ def bench_transfer(
         batches=[8] if quick else [int(batch) for batch in batches.split(",")],
         rounds=1 if quick else 3,
         connections=connections,
+        methods=[method.strip() for method in methods.split(",")] if methods else METHODS,
+        links_mbit_s=[] if quick or not links else [float(link) for link in links.split(",")],
         console=None if as_json else Console(),
     )
+    if plot is not None:
+        plot.write_text(chart(result), encoding="utf-8")
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
 
@@ -390,6 +399,39 @@ def bench_directory(
     raise typer.Exit(run_directory_benchmark(plan, as_json=as_json, plot=plot))
 
 
+@bench_app.command("gate")
+def bench_gate(
+    speeds: Annotated[str, typer.Option(help="Speeds of the link in Mbit/s, separated by commas.")] = "",
+    requests: Annotated[int, typer.Option(min=3, help="Prompts per speed and way.")] = 12,
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three speeds, few prompts.")] = False,
+) -> None:
+    """Fetch or compute: time to the end of prefill with the gate, always and never fetching, at each speed of a link.
+
+    Needs root and iproute2. The exit status is 1 when the gate was more than 5 % slower than never fetching, or more
+    than 10 % slower than the better of both, at any speed.
+    """
+    from kvmesh.bench.gate import SPEEDS_MBIT_S, run_gate
+
+    wanted = [float(speed) for speed in speeds.split(",")] if speeds else [30, 80, 1000] if quick else SPEEDS_MBIT_S
+    raise typer.Exit(run_gate(wanted, 6 if quick else requests, as_json=as_json))
+
+
+@bench_app.command("holders")
+def bench_holders(
+    counts: Annotated[str, typer.Option(help="Numbers of holders, separated by commas.")] = "1,2,4",
+    mbit: Annotated[float, typer.Option(min=1, help="Speed of each holder's link in Mbit/s.")] = 400,
+    repeats: Annotated[int, typer.Option(min=1, help="Fetches for each number.")] = 5,
+    as_json: JsonFlag = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One and four holders, two fetches.")] = False,
+) -> None:
+    """One prompt from one holder and from several, each behind a link of its own. Needs root and iproute2."""
+    from kvmesh.bench.holders import run_holders
+
+    wanted = [1, 4] if quick else [int(count) for count in counts.split(",")]
+    raise typer.Exit(run_holders(wanted, mbit, 2 if quick else repeats, as_json=as_json))
+
+
 @bench_app.command("chaos")
 def bench_chaos(
     quick: Annotated[bool, typer.Option("--quick", help="The most telling cells, in less than two minutes.")] = False,
@@ -397,6 +439,7 @@ def bench_chaos(
     only: Annotated[
         list[str] | None, typer.Option(help="Only this cell, such as link-cut or tcp/link-cut. May be repeated.")
     ] = None,
+    channels: Annotated[str, typer.Option(help="Transports, separated by commas.")] = "tcp,nixl,shm",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random here.")] = 1,
     soak: Annotated[
         float | None, typer.Option(min=1, help="Instead: random faults for so many minutes, and nothing may grow.")
@@ -411,7 +454,8 @@ def bench_chaos(
 
     if soak is not None:
         raise typer.Exit(run_soak(minutes=soak, as_json=as_json, seed=seed, logs=logs))
-    raise typer.Exit(run_chaos(quick=quick, as_json=as_json, only=only or (), seed=seed, logs=logs))
+    chosen = [channel.strip() for channel in channels.split(",")]
+    raise typer.Exit(run_chaos(quick=quick, as_json=as_json, only=only or (), seed=seed, logs=logs, channels=chosen))
 
 
 def _tell(line: str) -> None:

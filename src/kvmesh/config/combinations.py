@@ -49,10 +49,6 @@ def check_combinations(
 
 
 def _impossible(config: KVMeshConfig) -> Iterator[_Finding]:
-    if config.transfer_channel == "shm":
-        yield _Finding(
-            ("transfer_channel",), "auto, tcp or nixl, because shm is not available in this version", "'shm'"
-        )
     if config.heartbeat_interval_s * 2 > config.instance_timeout_s:
         yield _Finding(
             ("instance_timeout_s", "heartbeat_interval_s"),

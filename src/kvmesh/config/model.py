@@ -25,12 +25,14 @@ from kvmesh.config.ranks import ports_for_rank
 from kvmesh.config.redis_url import parse_redis_url
 from kvmesh.config.tls import TlsFiles
 from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_host_port, parse_tcp_url, split_list
+from kvmesh.core.gate import Objective, Policy
 from kvmesh.errors import ConfigError, ConfigProblem
 
 DirectoryKind = Literal["controller", "redis", "static", "none"]
 TransferChannel = Literal["auto", "tcp", "shm", "nixl"]
 CachePolicyName = Literal["lru", "arc"]
 IndexMode = Literal["replica", "query", "auto"]
+FetchGate = Literal["latency", "throughput", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
 
@@ -287,8 +289,21 @@ class KVMeshConfig(BaseModel):
     # Sharing: how chunks move
     transfer_channel: TransferChannel = key(
         "auto",
-        "How chunks move between nodes. shm is not available in this version.",
+        "How chunks move between nodes. auto: shm within one host, nixl where there is RDMA, else tcp.",
         allowed="auto, tcp, shm or nixl",
+    )
+    fetch_gate: FetchGate = key(
+        "latency",
+        "Fetch only what is predicted to come sooner than it could be computed, by rates measured while running. "
+        "throughput: count only the time that the link is busy. off: fetch whatever is there.",
+        allowed="latency, throughput or off",
+    )
+    fetch_gate_margin: float = key(
+        0.15,
+        "With fetch_gate latency: how much sooner it must come, as a share of the time to compute.",
+        allowed="a number from 0 to 0.9",
+        ge=0,
+        le=0.9,
     )
     fetch_timeout_s: float = key(
         10.0, "Longest time for one request's fetch; what has arrived by then is used.", allowed=_SECONDS, gt=0
@@ -353,7 +368,7 @@ class KVMeshConfig(BaseModel):
             raise ValueError("true and false mean nothing for this key")
         return value
 
-    @field_validator("cache_policy", "transfer_channel", "index_mode", "log_level", mode="before")
+    @field_validator("cache_policy", "transfer_channel", "index_mode", "fetch_gate", "log_level", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.strip().lower() if isinstance(value, str) else value
@@ -439,6 +454,11 @@ class KVMeshConfig(BaseModel):
         """Whether this instance pulls from peers. It publishes whenever `share` is on."""
         locations = {location.lower() for location in self.retrieve_locations}
         return self.share and (not locations or not PEER_LOCATIONS.isdisjoint(locations))
+
+    @property
+    def gate_policy(self) -> Policy:
+        """How the gate between fetching and computing is set."""
+        return Policy(Objective(self.fetch_gate), self.fetch_gate_margin)
 
     def for_data_parallel_rank(self, rank: int, data_parallel_size: int | None = None) -> KVMeshConfig:
         """The configuration of one data-parallel rank, which is an instance of its own.

@@ -61,11 +61,11 @@ class SlotLedger:
     thread); `set_checksum` to one thread of the node at a time.
     """
 
-    def __init__(self, fd: int, *, slots: int, chunk_bytes: int, fresh: bool) -> None:
+    def __init__(self, fd: int, *, slots: int, chunk_bytes: int, fresh: bool, writable: bool = True) -> None:
         self.slots = slots
         self.chunk_bytes = chunk_bytes
         self._fd = fd
-        self._map = mmap.mmap(fd, self.size_bytes(slots))
+        self._map = mmap.mmap(fd, self.size_bytes(slots), access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("Q")
         if fresh:
@@ -82,8 +82,13 @@ class SlotLedger:
         return cls(fd, slots=slots, chunk_bytes=chunk_bytes, fresh=True)
 
     @classmethod
-    def attach(cls, fd: int) -> SlotLedger:
-        """Map the ledger behind `fd` and take the descriptor over. Raises ValueError when it is not a whole ledger."""
+    def attach(cls, fd: int, *, writable: bool = True) -> SlotLedger:
+        """Map the ledger behind `fd` and take the descriptor over. Raises ValueError when it is not a whole ledger.
+
+        Args:
+            fd: open for reading and, where `writable`, for writing.
+            writable: false for one of another instance, which is only read.
+        """
         size = os.fstat(fd).st_size
         if size < _HEADER_WORDS * _WORD:
             raise ValueError(f"slot ledger of {size} bytes is shorter than its header")
@@ -91,7 +96,7 @@ class SlotLedger:
         magic, slots, chunk_bytes = header[0], header[1], header[2]
         if magic != _MAGIC or size != cls.size_bytes(slots):
             raise ValueError(f"not a slot ledger of this version: magic {magic:#x}, {slots} slots in {size} bytes")
-        return cls(fd, slots=slots, chunk_bytes=chunk_bytes, fresh=False)
+        return cls(fd, slots=slots, chunk_bytes=chunk_bytes, fresh=False, writable=writable)
 
     @staticmethod
     def size_bytes(slots: int) -> int:
@@ -141,6 +146,10 @@ class SlotLedger:
     def generation(self, slot: int) -> int:
         value: int = self._words[self._base(slot) + _GENERATION]
         return value
+
+    def generations(self) -> memoryview:
+        """The generations of all slots, as they change. Let go of it before `close`."""
+        return self._words[_HEADER_WORDS + _GENERATION :: _RECORD_WORDS]
 
     def is_current(self, slot: int, generation: int) -> bool:
         """True while the slot still holds what it held when `generation` was read."""

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 import msgspec
 
 from kvmesh.config import KVMeshConfig
+from kvmesh.core.gate import Saved
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import KVMeshError
@@ -148,14 +149,16 @@ class EngineLink(NodeListener):
 
     async def _fetch(self, node: Node, job: link.Fetch) -> None:
         try:
-            result = await node.fetch(job.request_id, job.keys, job.slots, job.timeout_s)
+            saved = None if job.saved is None else Saved(*job.saved)
+            result = await node.fetch(job.request_id, job.keys, job.slots, job.timeout_s, saved)
         except Exception:
             log.exception("fetch failed in an unforeseen way, so its slots are not safe; node ends")
             self._close()
             return
         reasons = [outcome.reason for outcome in result.outcomes]
         fetched_bytes = reasons.count(None) * node.chunk_bytes
-        self._send(link.FetchDone(job.job_id, reasons, fetched_bytes, result.seconds, result.holders))
+        gate = None if result.gate is None else link.GateReport(*result.gate)
+        self._send(link.FetchDone(job.job_id, reasons, fetched_bytes, result.seconds, result.holders, gate))
 
     async def _ask(self, node: Node, keys: list[bytes]) -> None:
         held = await node.asker.ask(keys)
@@ -216,6 +219,10 @@ class EngineLink(NodeListener):
     @staticmethod
     def _directory(state: DirectoryState) -> link.Directory:
         return link.Directory(state.connected, state.ever_connected, state.peers, state.sharing, state.asks)
+
+    def on_rates(self, rates: link.Rates) -> None:
+        if not self._is_behind():
+            self._send(rates)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ place or a reason. Runs on the node's event loop, once per request; nothing wait
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -125,10 +126,25 @@ class Neighbourhood:
         ]
 
 
-class _Chunk(NamedTuple):
+class _Fate(NamedTuple):
+    """Where a chunk was found, or why not."""
+
     where: told.Where
     holder: str = ""
     reason: MissReason | None = None
+
+
+class _Run(NamedTuple):
+    """Consecutive chunks with the same fate."""
+
+    fate: _Fate
+    first: int
+    chunks: int
+
+
+_ON_DEVICE, _IN_OWN_POOL = _Fate("device"), _Fate("own_pool")
+_TRUNCATED = _Fate("nowhere", "", MissReason.TRUNCATED)
+_NOT_PUBLISHED = _Fate("nowhere", "", MissReason.NOT_PUBLISHED)
 
 
 class Explained(NamedTuple):
@@ -152,18 +168,23 @@ class Explainer:
     def explain(self, record: RequestRecord, fetches: Sequence[FetchNote], now_s: float) -> Explained:
         """All about one request. `age_s` is 0: whoever shows it later puts the right one in."""
         case = _Case(self._around, record, fetches, self._chunk_tokens, now_s)
-        chunks = list(case.chunks())
-        causes = case.causes(chunks)
-        counts = {where: sum(chunk.where == where for chunk in chunks) for where in _PLACES}
-        found = told.Found(**counts)
-        member = self._around.member
+        runs = case.runs()
+        causes = case.causes(runs)
+        places: Counter[told.Where] = Counter()
         missed: dict[MissReason, int] = {}
-        for chunk in chunks:
-            if chunk.reason is not None:
-                missed[chunk.reason] = missed.get(chunk.reason, 0) + 1
-        others = dict.fromkeys(
-            [chunk.holder for chunk in chunks if chunk.holder] + [cause.instance_id for cause in causes]
+        for (where, _, reason), _, chunks in runs:
+            places[where] += chunks
+            if reason is not None:
+                missed[reason] = missed.get(reason, 0) + chunks
+        number = sum(places.values())
+        found = told.Found(
+            device=places["device"],
+            own_pool=places["own_pool"],
+            peer=places["peer"],
+            nowhere=places["nowhere"],
         )
+        others = dict.fromkeys([run.fate.holder for run in runs] + [cause.instance_id for cause in causes])
+        member = self._around.member
         explanation = told.Explanation(
             request_id=record.request_id,
             instance_id=member.instance_id if member else "",
@@ -172,23 +193,20 @@ class Explainer:
             wait_s=record.wait_s,
             prompt_tokens=record.prompt_tokens,
             chunk_tokens=self._chunk_tokens,
-            chunks=len(chunks),
-            tail_tokens=record.prompt_tokens - len(chunks) * self._chunk_tokens,
+            chunks=number,
+            tail_tokens=record.prompt_tokens - number * self._chunk_tokens,
             found=found,
             summary=summarize(found, causes, ended_early=record.ended_early),
-            spans=_spans(chunks),
+            spans=_spans(runs),
             causes=causes,
             possible=case.possible(causes),
             fetches=[note.part for note in fetches],
-            peers=[self._around.side(name) for name in list(others)[: told.MAX_PEERS] if name],
+            peers=[self._around.side(name) for name in list(filter(None, others))[: told.MAX_PEERS]],
             separated_by=list(record.separated_by),
             ended_early=record.ended_early,
             first_missed_key=case.missed_keys[0].hex() if case.missed_keys else "",
         )
         return Explained(explanation, missed, causes[0].reason if causes else None, case.missed_keys)
-
-
-_PLACES: tuple[told.Where, ...] = ("device", "own_pool", "peer", "nowhere")
 
 
 class _Case:
@@ -213,20 +231,25 @@ class _Case:
         self._found = min(self._number, (record.device_tokens + record.loaded_tokens) // chunk_tokens)
         self._came = {key: came for note in fetches for key, came in note.chunks.items()}
         self._asked = {miss.key: miss for miss in record.misses}
-        self._details = {reason: detail for note in fetches for reason, detail in note.details.items()}
+        self._details: dict[tuple[MissReason, str], told.Detail] = {
+            (reason, ""): detail for note in fetches for reason, detail in note.details.items()
+        }
+        """By reason and the other instance; without one, for all."""
+        self._decided: _Fate | None = None
+        """Of the first chunk that was missed."""
         self.missed_keys = self._keys[self._found :]
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """Each chunk's place or reason, in prefix order."""
-        for index in range(self._found):
-            yield self._found_at(index)
-        first = None
-        for index in range(self._found, self._number):
-            chunk = self._first_missed() if first is None else self._later_missed(index, first)
-            first = first or chunk
-            yield chunk
+    def runs(self) -> list[_Run]:
+        """The chunks' places or reasons, in prefix order."""
+        starts: list[tuple[_Fate, int]] = []
+        for index in range(self._number):
+            fate = self._fate(index)
+            if not starts or (fate is not starts[-1][0] and fate != starts[-1][0]):
+                starts.append((fate, index))
+        ends = [first for _, first in starts[1:]] + [self._number]
+        return [_Run(fate, first, end - first) for (fate, first), end in zip(starts, ends, strict=False)]
 
-    def causes(self, chunks: Sequence[_Chunk]) -> list[told.Cause]:
+    def causes(self, runs: Sequence[_Run]) -> list[told.Cause]:
         """One cause per reason and other instance, in the order in which they appear."""
         if not self._number:
             detail: told.Detail = {
@@ -235,12 +258,12 @@ class _Case:
             }
             return [make_cause(MissReason.BELOW_ONE_CHUNK, 0, 0, detail=detail)]
         sums: dict[tuple[MissReason, str], list[int]] = {}
-        for index, chunk in enumerate(chunks):
-            if chunk.reason is not None:
-                sums.setdefault((chunk.reason, chunk.holder), [index, 0])[1] += 1
+        for fate, first, chunks in runs:
+            if fate.reason is not None:
+                sums.setdefault((fate.reason, fate.holder), [first, 0])[1] += chunks
         return [
-            self._cause(reason, holder, count, first)
-            for (reason, holder), (first, count) in list(sums.items())[: told.MAX_CAUSES]
+            self._cause(reason, holder, chunks, first)
+            for (reason, holder), (first, chunks) in list(sums.items())[: told.MAX_CAUSES]
         ]
 
     def possible(self, causes: Sequence[told.Cause]) -> list[told.Cause]:
@@ -254,66 +277,71 @@ class _Case:
 
     # -- single chunks -------------------------------------------------------------------------------------------------
 
-    def _found_at(self, index: int) -> _Chunk:
+    def _fate(self, index: int) -> _Fate:
         if index < self._on_device:
-            return _Chunk("device")
-        came = self._came.get(self._keys[index]) if index < len(self._keys) else None
-        if came is not None and came.reason is None:
-            return _Chunk("peer", came.holder)
-        return _Chunk("own_pool")
+            return _ON_DEVICE
+        if index < self._found:
+            came = self._came.get(self._keys[index]) if index < len(self._keys) else None
+            return _IN_OWN_POOL if came is None or came.reason is not None else _Fate("peer", came.holder)
+        if self._decided is None:
+            self._decided = self._first_missed()
+            return self._decided
+        return self._later_missed(index, self._decided)
 
-    def _first_missed(self) -> _Chunk:
+    def _first_missed(self) -> _Fate:
         """The chunk that decided: everything behind it is of no use without it."""
         key = self._keys[self._found] if self._found < len(self._keys) else None
         miss = None if key is None else self._asked.get(key)
         if miss is None and self._record.misses:
             miss = self._record.misses[-1]  # of another KV cache group
         if miss is None:
-            return _Chunk("nowhere", "", MissReason.NOT_ASKED)
+            return _Fate("nowhere", "", MissReason.NOT_ASKED)
         came = self._came.get(miss.key)
         if came is not None and came.reason not in {None, MissReason.TRUNCATED}:
             return self._failed(miss.key, came)
         return self._refine(miss)
 
-    def _refine(self, miss: Miss) -> _Chunk:
+    def _refine(self, miss: Miss) -> _Fate:
         """The engine only knows that nobody holds the chunk; the node may know why."""
         if miss.detail:
-            self._details[miss.reason] = dict(miss.detail)
+            self._details[miss.reason, ""] = dict(miss.detail)
         if miss.reason not in {MissReason.NOT_PUBLISHED, MissReason.NO_PEERS}:
             holders = self._around.replica.holders(miss.key)
-            return _Chunk("nowhere", holders[0] if holders else "", miss.reason)
+            return _Fate("nowhere", holders[0] if holders else "", miss.reason)
         if self._is_salted_elsewhere():
-            return _Chunk("nowhere", "", MissReason.TENANT_SALT)
+            return _Fate("nowhere", "", MissReason.TENANT_SALT)
         if miss.reason is MissReason.NO_PEERS:
-            return _Chunk("nowhere", "", MissReason.FORMAT_MISMATCH if self._around.strangers else MissReason.NO_PEERS)
-        return self._unknown(miss.key)
+            return _Fate("nowhere", "", MissReason.FORMAT_MISMATCH if self._around.strangers else MissReason.NO_PEERS)
+        fate = self._unknown(miss.key)
+        if fate is _NOT_PUBLISHED:
+            self._note_asked(miss.key)
+        return fate
 
-    def _unknown(self, key: bytes) -> _Chunk:
+    def _unknown(self, key: bytes) -> _Fate:
         """A chunk that nobody is known to hold."""
         gone = self._around.memory.gone(key)
         if gone is None:
-            asked_s = self._around.memory.asked_at_s(key)
-            if asked_s is not None and self._around.member is not None:
-                detail: told.Detail = {
-                    "asked_s": self._now_s - asked_s,
-                    "asked_at": self._around.member.instance_id,
-                }
-                self._details.setdefault(MissReason.NOT_PUBLISHED, detail)
-            return _Chunk("nowhere", "", MissReason.NOT_PUBLISHED)
+            return _NOT_PUBLISHED
         if gone.why != "evicted":
-            self._details.setdefault(MissReason.NOT_PUBLISHED, {"left": gone.instance_id, "why": gone.why})
-            return _Chunk("nowhere", "", MissReason.NOT_PUBLISHED)
-        self._details.setdefault(
-            MissReason.EVICTED, {"instance": gone.instance_id, "gone_s": max(0.0, self._now_s - gone.at_s)}
-        )
-        return _Chunk("nowhere", gone.instance_id, MissReason.EVICTED)
+            self._details.setdefault((MissReason.NOT_PUBLISHED, ""), {"left": gone.instance_id, "why": gone.why})
+            return _NOT_PUBLISHED
+        detail: told.Detail = {"instance": gone.instance_id, "gone_s": max(0.0, self._now_s - gone.at_s)}
+        self._details.setdefault((MissReason.EVICTED, gone.instance_id), detail)
+        return _Fate("nowhere", gone.instance_id, MissReason.EVICTED)
 
-    def _failed(self, key: bytes, came: Came) -> _Chunk:
+    def _note_asked(self, key: bytes) -> None:
+        """This instance was asked for the same chunk before: it may be computing it."""
+        asked_s, member = self._around.memory.asked_at_s(key), self._around.member
+        if asked_s is not None and member is not None:
+            detail: told.Detail = {"asked_s": self._now_s - asked_s, "asked_at": member.instance_id}
+            self._details.setdefault((MissReason.NOT_PUBLISHED, ""), detail)
+
+    def _failed(self, key: bytes, came: Came) -> _Fate:
         assert came.reason is not None
         holder = came.holder or next(iter(self._around.replica.holders(key)), "")
-        return _Chunk("nowhere", holder, came.reason)
+        return _Fate("nowhere", holder, came.reason)
 
-    def _later_missed(self, index: int, first: _Chunk) -> _Chunk:
+    def _later_missed(self, index: int, first: _Fate) -> _Fate:
         if index >= len(self._keys) or first.reason in _FOR_ALL_THE_REST:
             return first
         key = self._keys[index]
@@ -335,7 +363,7 @@ class _Case:
     def _cause(self, reason: MissReason, holder: str, count: int, first: int) -> told.Cause:
         if reason is MissReason.FORMAT_MISMATCH:
             return self._mismatch(count, first)
-        detail = dict(self._details.get(reason, {}))
+        detail = {**self._details.get((reason, ""), {}), **self._details.get((reason, holder), {})}
         member = self._around.find(holder) if holder else None
         if member is not None:
             detail.setdefault("address", member.peer_address)
@@ -353,23 +381,15 @@ class _Case:
         return make_mismatch(around.member, stranger, count, first)
 
 
-_TRUNCATED = _Chunk("nowhere", "", MissReason.TRUNCATED)
-
-
-def _spans(chunks: Sequence[_Chunk]) -> list[told.Span]:
-    """Runs of chunks with the same fate. What is beyond the limit is put into the last one, without a holder."""
-    runs: list[tuple[_Chunk, int, int]] = []
-    for index, chunk in enumerate(chunks):
-        if runs and runs[-1][0] == chunk:
-            runs[-1] = (chunk, runs[-1][1], runs[-1][2] + 1)
-        else:
-            runs.append((chunk, index, 1))
+def _spans(runs: list[_Run]) -> list[told.Span]:
+    """The runs as they are told. What is beyond the limit is put into the last one, without a holder."""
     if len(runs) > told.MAX_SPANS:
-        last, first, _ = runs[told.MAX_SPANS - 1]
-        runs[told.MAX_SPANS - 1 :] = [(last._replace(holder=""), first, len(chunks) - first)]
+        (where, _, reason), first, _ = runs[told.MAX_SPANS - 1]
+        rest = sum(run.chunks for run in runs[told.MAX_SPANS - 1 :])
+        runs = [*runs[: told.MAX_SPANS - 1], _Run(_Fate(where, "", reason), first, rest)]
     return [
-        told.Span(first_chunk=first, chunks=number, where=chunk.where, instance_id=chunk.holder, reason=chunk.reason)
-        for chunk, first, number in runs
+        told.Span(first_chunk=first, chunks=chunks, where=fate.where, instance_id=fate.holder, reason=fate.reason)
+        for fate, first, chunks in runs
     ]
 
 

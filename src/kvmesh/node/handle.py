@@ -27,6 +27,7 @@ from typing import NamedTuple
 import msgspec
 
 from kvmesh.core.format import Format
+from kvmesh.core.gate import Rate, Saved, Source
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
@@ -65,6 +66,8 @@ class FinishedJob(NamedTuple):
     fetched_bytes: int
     seconds: float
     holders: list[str]
+    gate: link.GateReport | None = None
+    """What the node's gate said; None when it had nothing to decide."""
 
 
 class NodeState(NamedTuple):
@@ -124,6 +127,7 @@ class NodeHandle:
         self._socket: socket.socket | None = None
         self._visible: set[bytes] = set()
         self._asked = AskedKeys()
+        self._fastest: Source | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for a few assignments at a time, never across I/O."""
         self._state = _DOWN
@@ -221,6 +225,12 @@ class NodeHandle:
     def visible_count(self) -> int:
         return len(self._visible) + len(self._asked)
 
+    def fastest(self) -> Source | None:
+        """The fastest peer that holds chunks, without a number of chunks; its rate is None while one of them has not
+        been measured, and nobody knows which. None when no peer holds any.
+        """
+        return self._fastest
+
     def publish(self, slots: list[int], *, fetched: bool) -> None:
         """Tell the node that the ledger has new records."""
         self._tell_slots(slots, link.Publish(slots, fetched))
@@ -229,14 +239,26 @@ class NodeHandle:
         """Tell the node that slots were taken back; their generations must have moved already."""
         self._tell_slots(slots, link.Retract(slots))
 
-    def fetch(self, job_id: int, request_id: str, keys: list[bytes], slots: list[int], timeout_s: float) -> None:
-        """Hand a job to the node. It comes back through `take_finished`, whatever happens."""
+    def fetch(
+        self,
+        job_id: int,
+        request_id: str,
+        keys: list[bytes],
+        slots: list[int],
+        timeout_s: float,
+        saved: Saved | None = None,
+    ) -> None:
+        """Hand a job to the node. It comes back through `take_finished`, whatever happens.
+
+        `saved` is what computing the chunks would take: the node refuses those that do not pay. None refuses nothing.
+        """
+        prefill = None if saved is None else link.SavedPrefill(*saved)
         now_s = time.monotonic()
         with self._lock:
             self._jobs[job_id] = _Job(len(keys), now_s, now_s + timeout_s + GRACE_S)
             alive = self._state.alive
             if alive:
-                self._outgoing.put((self._life, link.Fetch(job_id, request_id, keys, slots, timeout_s)))
+                self._outgoing.put((self._life, link.Fetch(job_id, request_id, keys, slots, timeout_s, prefill)))
         if not alive:
             self._finish(job_id, MissReason.NODE_DOWN)
 
@@ -362,6 +384,8 @@ class NodeHandle:
                     self._start = msgspec.structs.replace(self._start, sharing=message.sharing)
             case link.Operate() | link.MakeKeys():
                 self.on_request(message)
+            case link.Rates():
+                self._fastest = _fastest(message)
             case link.Ready() | link.Failed():
                 log.error("node sent %s out of turn; ignored", type(message).__name__)
 
@@ -410,6 +434,7 @@ class NodeHandle:
             self._life += 1
         self._visible.clear()
         self._asked.clear()
+        self._fastest = None
         self._kill(gentle=False)
         self._fail_jobs(MissReason.NODE_DOWN)
 
@@ -541,6 +566,15 @@ class NodeHandle:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _fastest(rates: link.Rates) -> Source | None:
+    if rates.unmeasured:
+        return Source("", 0, None)
+    if not rates.peers:
+        return None
+    best = min(rates.peers, key=lambda peer: peer.byte_s * (1 + peer.pulls))
+    return Source(best.instance_id, 0, Rate(best.fixed_s, best.byte_s), best.pulls)
 
 
 def _receive(connection: socket.socket, size: int, until_s: float) -> bytes:

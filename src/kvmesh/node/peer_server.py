@@ -34,6 +34,7 @@ from kvmesh.transfer.base import Deadline, Locate, Located
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import PeerStream
+from kvmesh.transfer.unix_stream import UnixStream
 from kvmesh.wire.auth import Role
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
@@ -60,6 +61,8 @@ from kvmesh.wire.peer import (
     Refused,
     Resolve,
     Resolved,
+    ShmAttach,
+    ShmAttached,
     Validate,
     Validated,
     Verdict,
@@ -74,6 +77,9 @@ from kvmesh.wire.peer import (
 )
 
 log = logging.getLogger(__name__)
+
+MAX_ATTACHED = 64
+"""Nodes of this host that share our memory; each holds a connection and a thread."""
 
 
 class NixlServing(Protocol):
@@ -93,6 +99,18 @@ class FollowServing(Protocol):
 
     def serve(self, stream: PeerStream, request: Follow, patience: Deadline, closing: threading.Event) -> None:
         """Tell one follower everything until it leaves or `closing` is set. Raises KVMeshError."""
+        ...
+
+
+class ShmServing(Protocol):
+    """What the shm transport needs on this side (see `kvmesh.transfer.shm_holder`)."""
+
+    def listen(self, peer_port: int) -> socket.socket:
+        """The socket for nodes of this host. Raises StartupError."""
+        ...
+
+    def describe(self) -> tuple[ShmAttached, Sequence[int]]:
+        """What a peer needs to read from us, and the descriptors that go with it."""
         ...
 
 
@@ -130,6 +148,7 @@ class PeerServer:
         port: int,
         lookup_port: int | None = None,
         nixl: NixlServing | None = None,
+        shm: ShmServing | None = None,
         security: PeerSecurity = OPEN,
         following: FollowServing | None = None,
         max_connections: int = 256,
@@ -149,6 +168,7 @@ class PeerServer:
             port: where to listen; 0 takes a free one (see the property `port`).
             lookup_port: a second port for the same protocol, for lookups; None for none.
             nixl: lets peers read our slots with NIXL; None when that is not offered.
+            shm: lets peers of this host read our slots by themselves; None when that is not offered.
             security: the cluster key and TLS, where there are any.
             following: tells peers what we hold, for those without a directory; None when nobody is to be told.
             max_connections: further ones take the place of idle ones, or are refused when there is none.
@@ -163,6 +183,7 @@ class PeerServer:
         self._locate = locate
         self._ours = ours
         self._nixl = nixl
+        self._shm = shm
         self._security = security
         self._following = following
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
@@ -187,10 +208,12 @@ class PeerServer:
         try:
             for host, port in self._binds:
                 self._listeners.append(_listen(host, port))
+            self._ports = [listener.getsockname()[1] for listener in self._listeners]
+            if self._shm is not None:
+                self._listeners.append(self._shm.listen(self.port))
         except StartupError:
             self.close()
             raise
-        self._ports = [listener.getsockname()[1] for listener in self._listeners]
         for listener in self._listeners:
             acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvmesh-peer-accept", daemon=True)
             self._acceptors.append(acceptor)
@@ -251,7 +274,8 @@ class PeerServer:
                     self._closing.wait(0.5)
                 continue
             try:
-                self._admit(self._security.accept(sock, f"{address[0]}:{address[1]}"))
+                peer = "unix:shm" if sock.family == socket.AF_UNIX else f"{address[0]}:{address[1]}"
+                self._admit(self._security.accept(sock, peer))
             except (OSError, RuntimeError) as error:  # already gone, or no thread to be had
                 sock.close()
                 log.error("cannot serve peer %s: error=%s", address, error)
@@ -385,6 +409,8 @@ class PeerServer:
             elif isinstance(request, Follow):
                 self._follow(stream, request)
                 return
+            elif isinstance(request, ShmAttach) and self._shm is not None and isinstance(stream, UnixStream):
+                self._attach(stream, self._shm)
             else:
                 stream.send_frame(encode(self._answer(request)), self._patience)
 
@@ -394,15 +420,34 @@ class PeerServer:
         else:
             stream.send_frame(encode(Refused("unsupported", "nobody is followed here")), self._patience)
 
+    def _attach(self, stream: UnixStream, shm: ShmServing) -> None:
+        """Hand out our memory, and keep the connection open as long as it is read: its end tells that we are gone."""
+        with self._lock:
+            is_full = self._counts["attached"] >= MAX_ATTACHED
+            self._counts["attached"] += 1
+        try:
+            if is_full:
+                refusal = Refused("full", f"{MAX_ATTACHED} nodes share our memory already")
+                stream.send_frame(encode(refusal), self._patience)
+                return
+            attached, descriptors = shm.describe()
+            stream.send_frame_with(encode(attached), descriptors, self._patience)
+            while not stream.wait_readable(self._idle_timeout_s):
+                pass
+        finally:
+            self._count(attached=-1)
+
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve) -> Message:
+    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach) -> Message:
         if isinstance(request, Ping):
             return Pong(request.nonce)
         if isinstance(request, Lookup):
             return Held(pack_bits([self._locate(key) is not None for key in request.keys]))
         if isinstance(request, Validate):
             return Validated([self._validate(asked.slot, asked.generation) for asked in request.slots])
+        if isinstance(request, ShmAttach):
+            return Refused("unsupported", "memory is shared over the unix socket of a node that offers shm")
         if self._nixl is None:
             return Refused("unsupported", "nixl is not offered here")
         try:

@@ -13,14 +13,20 @@ from concurrent.futures import Executor
 
 from kvmesh.core.breaker import Breaker
 from kvmesh.core.format import Format, differences
+from kvmesh.core.gate import RateMeter
 from kvmesh.core.keys import ChunkKey
+from kvmesh.core.plan import Load
 from kvmesh.core.reasons import MissReason
+from kvmesh.core.replica import Replica
 from kvmesh.transfer.base import Deadline, PeerTransport
 from kvmesh.wire.directory import Member
+from kvmesh.wire.link import MAX_RATES, PeerRate, Rates
 
 log = logging.getLogger("kvmesh.peers")
 
 WARM_UP_S = 5.0
+PRIOR_FIXED_S = 0.001
+"""Of a fetch's time, what is not the bytes', as long as all fetches were of one size."""
 MAX_WARM_PEERS = 128
 """With more peers than this, connections are opened by the first fetch: a descriptor here and a thread there for each
 would cost more than they save.
@@ -44,6 +50,14 @@ class Peer:
         self.transport = transport
         self.breaker = Breaker()
         self.bytes_under_way = 0
+        self.rate = RateMeter(PRIOR_FIXED_S)
+        """Seconds that a fetch from it takes, against its bytes."""
+        self.pulls = 0
+        """Fetches from it under way."""
+        self.measured_at_s: float | None = None
+        """time.monotonic() of the last fetch or probe that told how fast it is."""
+        self.wants_probe = False
+        """The gate has refused it since then: nothing but a probe will tell whether it has become faster."""
         self.corrupt_chunks = 0
         """Chunks that did not arrive with the bytes they were published with, in this life of the peer."""
         self._undelivered: dict[ChunkKey, int] = {}
@@ -54,6 +68,12 @@ class Peer:
         """Count bytes asked for (or, negative, no longer awaited). Any thread."""
         with self._lock:
             self.bytes_under_way += count_bytes
+
+    def measured(self, count_bytes: int, seconds: float, others: float) -> None:
+        """A fetch has brought so many bytes, while so many others (an average) were under way from this peer."""
+        self.rate.observe(count_bytes * (1 + others), seconds)
+        self.measured_at_s = time.monotonic()
+        self.wants_probe = False
 
     def note(self, key: ChunkKey, reason: MissReason | None) -> bool:
         """Take note of what became of one chunk asked of this peer. True when it is not to be asked for it again."""
@@ -134,9 +154,23 @@ class Peers:
             return MissReason.PEER_UNREACHABLE
         return None if peer.breaker.allows(time.monotonic()) else MissReason.BREAKER_OPEN
 
-    def load_bytes(self, instance_id: str) -> int:
+    def load(self, instance_id: str) -> Load:
+        """What is under way from the peer, for the planner."""
         peer = self._peers.get(instance_id)
-        return 0 if peer is None else peer.bytes_under_way
+        if peer is None:
+            return Load(0, None)
+        return Load(peer.bytes_under_way, None if peer.rate.rate is None else peer.rate.rate.unit_s)
+
+    def rates(self, replica: Replica) -> Rates:
+        """How fast those are that hold chunks, for the engine: the fastest first."""
+        holders = [peer for peer in self if replica.keys_of(peer.member.instance_id)]
+        found = [
+            PeerRate(peer.member.instance_id, peer.rate.rate.fixed_s, peer.rate.rate.unit_s, peer.pulls)
+            for peer in holders
+            if peer.rate.rate is not None
+        ]
+        found.sort(key=lambda rate: rate.byte_s)
+        return Rates(found[:MAX_RATES], unmeasured=len(holders) - len(found))
 
     def _warm_up(self, peer: Peer) -> None:
         """Connect in the background, so that the first fetch does not have to. A failure shows again in time."""

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import kvmesh
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
+from kvmesh.core.gate import Saved
 from kvmesh.core.keys import ChunkKey, short
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
@@ -45,11 +46,13 @@ from kvmesh.node.operations import NodeOperations
 from kvmesh.node.peer_follow import Following
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.node.peers import Peers
+from kvmesh.node.prober import Prober
 from kvmesh.node.request_log import RequestLog
 from kvmesh.node.transports import Transports
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire.control import ControlError
 from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot, UseReport
+from kvmesh.wire.link import Rates
 from kvmesh.wire.operations import AnyCommand, Sharing
 
 log = logging.getLogger("kvmesh.node")
@@ -89,6 +92,9 @@ class NodeListener:
         """The keys of a prompt's chunks. Raises ControlError when there is no engine to say."""
         del tokens, cache_salt
         raise ControlError("no_engine", "this node has no engine that could say")
+
+    def on_rates(self, rates: Rates) -> None:
+        """How fast the peers are."""
 
 
 class Node:
@@ -134,7 +140,7 @@ class Node:
         self.inventory.accepting = self.sharing is Sharing.ON
         self.outbox = Outbox(self.instance_id, self.incarnation, self, batch_keys=batch_keys(config))
         self.following = Following(self.outbox, self.statistics)
-        self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool)
+        self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool, ledger)
         self.peers = Peers(kv_format, self._transports.make, self._background)
         self.around = Neighbourhood(config, self.replica, self.peers, Memory())
         self.requests = RequestLog(self.around, chunk_tokens=kv_format.chunk_tokens)
@@ -142,11 +148,13 @@ class Node:
         self.fetcher = Fetcher(
             self,
             self.peers,
-            chunk_bytes=pool.chunk_bytes,
+            pool,
             stall_s=config.stall_timeout_s,
             abort=abort,
             quarantine=self._quarantine,
+            policy=config.gate_policy,
         )
+        self._prober = Prober(self.replica, self.peers, self._transports.make, pool.chunk_bytes, self._tell_rates)
         self.server = PeerServer(
             pool,
             ledger,
@@ -156,6 +164,7 @@ class Node:
             port=config.peer_port,
             lookup_port=config.lookup_port,
             nixl=self._transports.nixl_holder,
+            shm=self._transports.shm_holder,
             security=self._transports.security,
             following=self.following,
         )
@@ -227,6 +236,8 @@ class Node:
             tasks.append(serve_admin(self, self._admin))
         if self._directory is not None:
             tasks.append(self._directory.run(member))
+        if self.config.gate_policy.is_on and self.config.fetches:
+            tasks.append(self._prober.run())
         await asyncio.gather(*tasks, _for_ever())
 
     def close(self) -> None:
@@ -237,18 +248,27 @@ class Node:
         for peer in list(self.peers):
             peer.transport.close()
         self.inventory.close()
+        self._prober.close()
         self._transports.close()
         self._background.shutdown(wait=False, cancel_futures=True)
 
     # -- fetching ------------------------------------------------------------------------------------------------------
 
-    async def fetch(self, request_id: str, keys: Sequence[bytes], slots: Sequence[int], timeout_s: float) -> JobResult:
+    async def fetch(
+        self,
+        request_id: str,
+        keys: Sequence[bytes],
+        slots: Sequence[int],
+        timeout_s: float,
+        saved: Saved | None = None,
+    ) -> JobResult:
         """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
         self._active_fetches += 1
         try:
-            result = await self.fetcher.fetch(make_items(keys, slots), timeout_s)
+            result = await self.fetcher.fetch(make_items(keys, slots), timeout_s, saved)
         finally:
             self._active_fetches -= 1
+        self._tell_rates()
         fetched = result.fetched()
         for outcome in result.outcomes:
             if outcome.reason in {MissReason.EVICTED, MissReason.STALE, MissReason.PEER_UNREACHABLE}:
@@ -480,6 +500,10 @@ class Node:
         self._directory.follow_inventories(False)
         self._applied(self.replica.clear_inventories())
         self._tell_directory()
+
+    def _tell_rates(self) -> None:
+        if self.config.gate_policy.is_on:
+            self._listener.on_rates(self.peers.rates(self.replica))
 
     def _tell_directory(self) -> None:
         self._listener.on_directory(

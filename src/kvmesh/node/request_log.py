@@ -227,7 +227,8 @@ def _note(transport: str, chunk_bytes: int, result: JobResult) -> FetchNote:
         bytes(outcome.item.key): Came(outcome.reason, result.asked.get(outcome.item.slot, ""))
         for outcome in result.outcomes
     }
-    return FetchNote(part, chunks)
+    details = {} if result.gate is None else {MissReason.GATE_REFUSED: result.gate.detail()}
+    return FetchNote(part, chunks, details)
 
 
 def _aged(kept: Kept, now_s: float) -> told.Explanation:

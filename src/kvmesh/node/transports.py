@@ -7,6 +7,7 @@ import os
 
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
+from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
 from kvmesh.transfer.factory import choose, offered
@@ -14,6 +15,7 @@ from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_holder import NixlHolder
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import PeerSecurity
+from kvmesh.transfer.shm_holder import ShmHolder
 from kvmesh.transfer.tls import Tls
 from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.directory import Member
@@ -26,7 +28,13 @@ class Transports:
     """Makes transports for one node."""
 
     def __init__(
-        self, config: KVMeshConfig, kv_format: Format, instance_id: str, incarnation: str, pool: HostPool
+        self,
+        config: KVMeshConfig,
+        kv_format: Format,
+        instance_id: str,
+        incarnation: str,
+        pool: HostPool,
+        ledger: SlotLedger,
     ) -> None:
         """Raises StartupError when the configured channel, or what is to secure it, cannot be had here."""
         self._config = config
@@ -43,13 +51,18 @@ class Transports:
         if "nixl" in self.offered:
             self.nixl_holder = NixlHolder(pool, host=config.host, backends=config.nixl_backends)
 
+        self.shm_holder: ShmHolder | None = None
+        """Lets nodes of this host read our pool by themselves; None where shm is not offered."""
+        if "shm" in self.offered:
+            self.shm_holder = ShmHolder(pool, ledger, incarnation)
+
     def start(self) -> None:
         """Start what serving needs. Raises StartupError."""
         if self.nixl_holder is not None:
             self.nixl_holder.start()
 
-    def make(self, member: Member) -> PeerTransport:
-        """The transport towards one member; connects nowhere yet."""
+    def make(self, member: Member, pool: HostPool | None = None) -> PeerTransport:
+        """The transport towards one member, into the node's pool or another one; connects nowhere yet."""
         target = PeerTarget(
             member.instance_id, member.incarnation, member.peer_host, member.peer_port, tuple(member.transports)
         )
@@ -57,20 +70,28 @@ class Transports:
             self._config.transfer_channel,
             target,
             self.hello,
-            self._pool,
+            pool or self._pool,
             host=self._config.host,
             verify=self._config.verify_checksum,
             connections=self._config.fetch_connections,
             nixl_backends=self._config.nixl_backends,
             security=self.security,
         )
-        log.info("transport to instance=%s is %s: %s", member.instance_id, chosen.transport.name, chosen.reason)
+        log.log(
+            logging.INFO if pool is None else logging.DEBUG,
+            "transport to instance=%s is %s: %s",
+            member.instance_id,
+            chosen.transport.name,
+            chosen.reason,
+        )
         return chosen.transport
 
     def close(self) -> None:
         """End what `start` has started."""
         if self.nixl_holder is not None:
             self.nixl_holder.close()
+        if self.shm_holder is not None:
+            self.shm_holder.close()
 
 
 def cluster_key(config: KVMeshConfig) -> ClusterKey | None:

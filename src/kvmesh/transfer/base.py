@@ -3,11 +3,12 @@
 A transport is pulled by the receiver and blocks its thread; the node gives each fetch a thread. Small on purpose, so
 that a fake fits beside it (`fake.py`). The one promise every transport makes: **when `fetch` has returned, nothing will
 write into the slots it was given any more**, whatever the peer does later. tcp keeps it by closing the socket, nixl by
-destroying its agent.
+destroying its agent, shm because our own threads are the only ones that write.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -44,6 +45,10 @@ class Deadline(NamedTuple):
     """time.monotonic() at which the fetch is given up."""
     stall_s: float
     """Longest time without a byte from the peer."""
+
+    def remaining_s(self) -> float:
+        """Seconds until `at_s`; negative when it has passed."""
+        return self.at_s - time.monotonic()
 
 
 class Located(NamedTuple):

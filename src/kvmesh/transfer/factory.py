@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
+from kvmesh.transfer.shm import ShmTransport
+from kvmesh.transfer.shm_holder import why_not_shared
 from kvmesh.transfer.tcp import CONNECTIONS_PER_FETCH, TcpTransport
 from kvmesh.wire.peer import Hello
 
@@ -31,19 +33,21 @@ def offered(channel: str, *, rdma: bool | None = None) -> tuple[str, ...]:
     one.
 
     Args:
-        channel: `transfer_channel` of the configuration: auto, tcp or nixl.
+        channel: `transfer_channel` of the configuration: auto, tcp, shm or nixl.
         rdma: whether there is an RDMA device; looked up when None.
 
     Raises StartupError when nixl was asked for by name and cannot be had.
     """
     if channel == "tcp":
         return ("tcp",)
+    if channel == "shm":
+        return ("shm", "tcp")
     if channel == "nixl":
         if problem := unavailable():
             raise StartupError("transfer_channel nixl", expected="NIXL", found=problem)
         return ("nixl", "tcp")
     has_device = has_rdma() if rdma is None else rdma
-    return ("nixl", "tcp") if has_device and unavailable() is None else ("tcp",)
+    return ("shm", "nixl", "tcp") if has_device and unavailable() is None else ("shm", "tcp")
 
 
 class Choice(NamedTuple):
@@ -53,17 +57,31 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_name(channel: str, ours: Sequence[str], theirs: Sequence[str], *, rdma: bool | None = None) -> Choice:
+def choose_name(
+    channel: str,
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    *,
+    why_not_shared: Callable[[], str | None],
+    rdma: bool | None = None,
+) -> Choice:
     """Pick a transport that both sides offer. What cannot be had is replaced by tcp, and the reason says so.
 
     Args:
-        channel: `transfer_channel` of the configuration: auto, tcp or nixl.
+        channel: `transfer_channel` of the configuration: auto, tcp, shm or nixl.
         ours: what this node offers (see `offered`).
         theirs: what the peer offers.
+        why_not_shared: says why memory cannot be shared with the peer; None when it can. Asked only where it matters.
         rdma: whether there is an RDMA device; looked up when None.
     """
     if channel == "tcp":
         return Choice("tcp", "transfer_channel is tcp")
+    if channel in {"auto", "shm"}:
+        problem = why_not_shared() if "shm" in ours and "shm" in theirs else "the peer does not offer shm"
+        if problem is None:
+            return Choice("shm", "the peer is on this host and runs as our user")
+        if channel == "shm":
+            return Choice("tcp", problem)
     if "nixl" not in theirs:
         return Choice("tcp", "the peer does not offer nixl")
     if "nixl" not in ours:
@@ -100,7 +118,16 @@ def choose(
     `host` is this node's own address: on loopback, UCX is confined to it. Other arguments as in `choose_name` and the
     transports themselves.
     """
-    choice = choose_name(channel, ours.transports, target.transports, rdma=rdma)
+    choice = choose_name(
+        channel,
+        ours.transports,
+        target.transports,
+        why_not_shared=lambda: why_not_shared(target.port, target.incarnation),
+        rdma=rdma,
+    )
+    if choice.name == "shm":
+        shm = ShmTransport(target, ours, pool, threads=connections, verify=verify, security=security)
+        return Chosen(shm, choice.reason)
     if choice.name == "tcp":
         transport = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security)
         return Chosen(transport, choice.reason)

@@ -78,8 +78,15 @@ class PeerLink:
         Raises PeerConnectError (nobody, or somebody else, listens there), PeerAuthenticationError, FormatMismatch,
         PeerRefusedError, PeerProtocolError and what `PeerStream` raises.
         """
+        stream = security.connect(target.host, target.port, deadline, str(target))
+        return cls.greet(stream, target, ours, deadline, security)
+
+    @classmethod
+    def greet(
+        cls, stream: PeerStream, target: PeerTarget, ours: Hello, deadline: Deadline, security: PeerSecurity = OPEN
+    ) -> PeerLink:
+        """The same over a stream that is connected already, and is closed when this raises."""
         peer = str(target)
-        stream = security.connect(target.host, target.port, deadline, peer)
         try:
             hello = encode(security.challenge(ours.wanting(target.instance_id, target.incarnation)))
             stream.send_frame(hello, deadline)

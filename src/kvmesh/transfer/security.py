@@ -12,6 +12,7 @@ from kvmesh.errors import PeerAuthenticationError, PeerConnectError
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.stream import PeerStream, connect, connect_socket
 from kvmesh.transfer.tls import Tls, TlsStream
+from kvmesh.transfer.unix_stream import UnixStream
 from kvmesh.wire.auth import CHALLENGE_BYTES, PeerKey
 from kvmesh.wire.peer import Hello
 
@@ -42,12 +43,18 @@ class PeerSecurity:
 
     def accept(self, sock: socket.socket, peer: str) -> PeerStream:
         """The stream of an accepted connection. Waits for nothing: `greet` does."""
+        if sock.family == socket.AF_UNIX:
+            return UnixStream(sock, peer)
         if self.tls is None:
             return PeerStream(sock, peer)
         return TlsStream(sock, peer, self.tls.server, is_server=True)
 
     def greet(self, stream: PeerStream, deadline: Deadline) -> None:
-        """Do TLS's handshake, if there is TLS, on an accepted stream. Raises as `TlsStream.handshake`."""
+        """Do TLS's handshake, if there is TLS, on an accepted stream; look at the user of one within this host. Raises
+        as `TlsStream.handshake` and `UnixStream.check_user`.
+        """
+        if isinstance(stream, UnixStream):
+            stream.check_user()
         if isinstance(stream, TlsStream):
             stream.handshake(deadline)
 

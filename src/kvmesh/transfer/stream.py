@@ -96,9 +96,13 @@ class PeerStream:
         """The next frame's payload. Raises as `receive_into`, PeerProtocolError for a length outside the limit, and
         PeerAuthenticationError for a MAC that is wrong.
         """
-        macs = self.receiving
         prefix = bytearray(LENGTH_BYTES)
         self.receive_into(memoryview(prefix), deadline)
+        return self.receive_rest(prefix, deadline, limit_bytes)
+
+    def receive_rest(self, prefix: bytes | bytearray, deadline: Deadline, limit_bytes: int) -> bytes:
+        """The payload of the frame whose length has been received already. Raises as `receive_frame`."""
+        macs = self.receiving
         try:
             length = parse_length(prefix, limit_bytes if macs is None else limit_bytes + MAC_BYTES)
         except FrameError as error:

@@ -51,6 +51,7 @@ try:
         OffloadKey,
         ReqContext,
         RequestOffloadingContext,
+        ScheduleEndContext,
         TransferResult,
         make_offload_key,
     )
@@ -111,6 +112,7 @@ __all__ = [
     "Request",
     "RequestOffloadingContext",
     "SamplingParams",
+    "ScheduleEndContext",
     "SecondaryTierManager",
     "SharedOffloadRegion",
     "TieringOffloadingManager",

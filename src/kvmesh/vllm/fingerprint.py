@@ -35,6 +35,8 @@ class ModelFacts(TypedDict):
     hash_seed: str
     tokenizer: str
     """Folder with a tokenizer.json; empty when there is none on this host. No part of the format."""
+    hidden_size: int
+    """Of the text model; 0 where it has none."""
 
 
 def model_facts(vllm_config: VllmConfig) -> ModelFacts:
@@ -50,6 +52,7 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
         # With PYTHONHASHSEED set, vLLM seeds the first block hash with it; without, the seed is fixed.
         hash_seed=os.environ.get("PYTHONHASHSEED", ""),
         tokenizer=_tokenizer_folder(vllm_config),
+        hidden_size=int(getattr(getattr(model, "hf_text_config", None), "hidden_size", None) or 0),
     )
 
 
@@ -58,6 +61,14 @@ def _tokenizer_folder(vllm_config: VllmConfig) -> str:
     name = getattr(model, "tokenizer", None) or model.model
     folder = _model_folder(str(name), getattr(model, "tokenizer_revision", None))
     return str(folder) if folder is not None and (folder / "tokenizer.json").is_file() else ""
+
+
+def attention(facts: ModelFacts) -> float:
+    """What attention adds to a token's work, per token before it: layers * hidden size / parameters, where a layer of a
+    dense transformer has about 12 * hidden size**2 parameters.
+    """
+    hidden_size = facts.get("hidden_size", 0)
+    return 1 / (12 * hidden_size) if hidden_size else 0.0
 
 
 def make_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int) -> Format:

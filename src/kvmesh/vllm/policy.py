@@ -1,12 +1,15 @@
 """Cache policies that tell the slot ledger when a slot stops being readable.
 
-vLLM's own LRU and ARC decide what to evict. We only see to it that the ledger's generation moves *before* a slot can be
-reused: every way out of a policy (evict, remove, clear) passes here, on the scheduler thread.
+vLLM's own LRU and ARC decide what to evict, with two exceptions. The ledger's generation moves *before* a slot can be
+reused: every way out of a policy (evict, remove, clear) passes here, on the scheduler thread. And among the chunks that
+have not been used for longest, those that other instances hold too go first: they can be fetched again, while the last
+copy in the cluster has to be computed again.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any
@@ -15,6 +18,13 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.vllm.compat import ARCCachePolicy, CachePolicy, ChunkStatus, LRUCachePolicy, OffloadKey
 
 Retracted = Callable[[list[int]], None]
+IsElsewhere = Callable[[bytes], bool]
+
+LOOKS = 4096
+"""Chunks that are looked at for others' copies in one eviction, in about a millisecond. In a pool of up to so many no
+last copy goes while another idle chunk has copies; in a larger one only the least recently used are looked at. Two
+instances that evict their copies at the same moment do not know of each other.
+"""
 
 
 class _Publishing(CachePolicy):
@@ -22,26 +32,55 @@ class _Publishing(CachePolicy):
 
     _ledger: SlotLedger | None = None
     _on_retract: Retracted | None = None
+    _is_elsewhere: IsElsewhere | None = None
 
-    def attach(self, ledger: SlotLedger, on_retract: Retracted) -> None:
-        """From now on retract evicted slots in `ledger` and report those that had been published."""
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._by_use: OrderedDict[OffloadKey, None] = OrderedDict()
+        """The keys of the pool, least recently used first; how vLLM orders them differs between its versions."""
+
+    def attach(self, ledger: SlotLedger, on_retract: Retracted, is_elsewhere: IsElsewhere | None = None) -> None:
+        """From now on retract evicted slots in `ledger` and report those that had been published.
+
+        `is_elsewhere` says whether another instance holds a chunk, too; it is asked often and must be quick.
+        """
         self._ledger = ledger
         self._on_retract = on_retract
+        self._is_elsewhere = is_elsewhere
 
     def insert(self, key: OffloadKey, chunk: ChunkStatus, *context: Any) -> None:
         # vLLM 0.33 passes a request context too.
         super().insert(key, chunk, *context)
+        self._by_use[key] = None
+        self._by_use.move_to_end(key)
+
+    def touch(self, keys: Iterable[OffloadKey], *context: Any) -> None:
+        keys = list(keys)
+        super().touch(keys, *context)
+        for key in reversed(keys):  # the first chunks of a prefix are the most useful ones
+            if key in self._by_use:
+                self._by_use.move_to_end(key)
 
     def remove(self, key: OffloadKey) -> None:
         chunk = self.get(key)
         if chunk is not None:
             self._retract((chunk.chunk_id,))
         super().remove(key)
+        self._by_use.pop(key, None)
 
     def evict(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        evicted: list[tuple[OffloadKey, ChunkStatus]] | None = super().evict(n, protected)
-        if evicted:
-            self._retract(chunk.chunk_id for _, chunk in evicted)
+        replicated = self._replicated(n, protected)
+        if replicated:
+            protected = protected.union(key for key, _ in replicated)
+        evicted: list[tuple[OffloadKey, ChunkStatus]] | None = super().evict(n - len(replicated), protected)
+        if evicted is None:
+            return None
+        for key, _ in replicated:
+            super().remove(key)
+        evicted = replicated + evicted
+        for key, _ in evicted:
+            self._by_use.pop(key, None)
+        self._retract(chunk.chunk_id for _, chunk in evicted)
         return evicted
 
     def all_keys(self) -> list[bytes]:
@@ -58,12 +97,29 @@ class _Publishing(CachePolicy):
         self._retract(chunk.chunk_id for chunk in chunks)
         for key in keys:
             super().remove(key)
+            self._by_use.pop(key, None)
         return chunks
+
+    def _replicated(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]]:
+        """Up to n chunks that may go and that others hold, too, the least recently used first."""
+        is_elsewhere = self._is_elsewhere
+        found: list[tuple[OffloadKey, ChunkStatus]] = []
+        if is_elsewhere is None:
+            return found
+        for key in islice(self._by_use, LOOKS):
+            if len(found) == n:
+                break
+            if is_elsewhere(key) and key not in protected:
+                chunk = self.get(key)
+                if chunk is not None and chunk.ref_cnt == 0:
+                    found.append((key, chunk))
+        return found
 
     def clear(self) -> None:
         if self._ledger is not None and self._on_retract is not None:
             self._on_retract(self._ledger.retract_all())
         super().clear()
+        self._by_use.clear()
 
     def _retract(self, slots: Iterable[int]) -> None:
         ledger, on_retract = self._ledger, self._on_retract

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+from kvmesh.core.gate import GateDecision
 from kvmesh.core.reasons import MissReason
 from kvmesh.vllm.compat import OffloadKey
 from kvmesh.wire import link
@@ -40,6 +41,12 @@ class RequestState:
     """When the directory was last asked for this request's chunks (`index_mode: query`)."""
     worthwhile: bool | None = None
     """Whether the peers hold enough of the prompt (`min_retrieve_tokens`); None before the first lookup."""
+    gate: GateDecision | None = None
+    """Whether fetching pays, and how much of it; None before the first chunk that a peer holds."""
+    until_token: float = math.inf
+    """Chunks that end behind it are computed, says the gate."""
+    start_token: int = 0
+    """Where the part begins that peers hold."""
     made_at_s: float = 0.0
     """When vLLM told of the request."""
     facts: RequestFacts | None = None

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from kvmesh.core.gate import GateDecision, Prefill, Verdict, decide
 from kvmesh.core.keys import group_of
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
@@ -34,6 +35,7 @@ from kvmesh.vllm.compat import (
     ParentManager,
     ReqContext,
     RequestOffloadingContext,
+    ScheduleEndContext,
     SecondaryTierManager,
     TieringOffloadingManager,
     TransferJob,
@@ -44,6 +46,7 @@ from kvmesh.vllm.engine import engine_under_construction
 from kvmesh.vllm.operated_pool import VllmPool, WarmState
 from kvmesh.vllm.policy import _Publishing
 from kvmesh.vllm.pool_files import find_segments
+from kvmesh.vllm.prefill_watch import PrefillWatch
 from kvmesh.vllm.request_records import RequestFacts, RequestState, hash_tokens, make_record
 from kvmesh.vllm.tier_metrics import TierMetrics, metric_definitions
 from kvmesh.wire.operations import Sharing
@@ -81,6 +84,7 @@ class PeerTier(SecondaryTierManager):
             raise TypeError(f"PeerTier takes no options of its own; found {sorted(unknown)}")
         config = tier_config(offloading_spec)
         self._config = config
+        self._policy = config.gate_policy
         shape = primary_kv_view.shape
         assert shape is not None
         slots, chunk_bytes = shape
@@ -113,6 +117,8 @@ class PeerTier(SecondaryTierManager):
         self._held = False
         """The pool was thrown away, and copies of before may still be under way (see `drain_jobs`)."""
         self._metrics = TierMetrics()
+        self._prefill = Prefill(fingerprint.attention(offloading_spec.extra_config[FACTS_KEY]))
+        self._watch = PrefillWatch(self._prefill)
         ready = self._node.start()
         logger.info(
             "KVMesh node is up: instance %s, incarnation %s, peers connect to %s:%d; "
@@ -149,7 +155,7 @@ class PeerTier(SecondaryTierManager):
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Nothing to decide: chunks are offered one by one."""
-        self._request(req_context)
+        self._requests[req_context.req_id] = self._request(req_context)
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
@@ -166,8 +172,10 @@ class PeerTier(SecondaryTierManager):
         request = self._request(req_context)
         if self._must_wait(key, request, req_context):
             return LookupResult.RETRY
-        reason = self._miss_reason(key, request, req_context)
         warm = req_context.get_state(WarmState)
+        if warm is None and not request.counted:
+            self._watch.looked_up(req_context.req_id, _last_token(req_context), time.monotonic())
+        reason = self._miss_reason(key, request, req_context)
         if warm is not None:  # an operator's doing: no request has missed anything
             if reason is not None:
                 warm.reasons[key] = reason
@@ -249,7 +257,53 @@ class PeerTier(SecondaryTierManager):
             return MissReason.RECENTLY_FAILED
         if request.worthwhile is None:
             request.worthwhile = self._is_worthwhile(key, req_context)
-        return None if request.worthwhile else MissReason.BELOW_MINIMUM
+        if not request.worthwhile:
+            return MissReason.BELOW_MINIMUM
+        if request.gate is None:
+            request.gate = self._decide(key, request, req_context)
+        if request.until_token < math.inf and (req_context.get_offload_key_position(key) or 0) > request.until_token:
+            return MissReason.GATE_REFUSED
+        return None
+
+    def _decide(self, first: OffloadKey, request: RequestState, req_context: ReqContext) -> GateDecision:
+        """Whether it pays to fetch what peers hold from `first` on, by the fastest of them; the node, which knows who
+        holds what, decides again. Once per request; notes in `request` where to stop.
+        """
+        end = req_context.get_offload_key_position(first)
+        request.start_token = max(0, (end or self._chunk_tokens) - self._chunk_tokens)
+        source = self._node.fastest() if self._policy.is_on and end is not None else None
+        saved = self._prefill.saved(request.start_token, self._chunk_tokens)
+        if source is None or source.rate is None or saved is None:
+            chunks = 0  # nothing to count for: whatever there is may be fetched
+            verdict = Verdict.UNMEASURED if self._policy.is_on else Verdict.OFF
+            decision = GateDecision(verdict, chunks, chunks, None, None)
+        else:
+            source = source._replace(chunks=self._visible_run(first, req_context))
+            decision = decide(
+                self._policy,
+                [source],
+                saved,
+                chunk_bytes=self._chunk_bytes,
+                timeout_s=self._config.fetch_timeout_s,
+            )
+            if decision.refused:
+                request.until_token = request.start_token + decision.chunks * self._chunk_tokens
+                request.details[MissReason.GATE_REFUSED] = decision.detail()
+                logger.debug("request %s: gate: %s", req_context.req_id, decision)
+        self._metrics.decided(decision.verdict)
+        return decision
+
+    def _visible_run(self, first: OffloadKey, req_context: ReqContext) -> int:
+        """How many chunks from `first` on peers hold without a gap."""
+        run = 0
+        is_after = False
+        for key in req_context._offload_key_positions:  # noqa: SLF001  (vLLM keeps the order there only)
+            is_after = is_after or key == first
+            if is_after:
+                if not self._node.is_visible(key) or group_of(key) != group_of(first):
+                    break
+                run += 1
+        return run
 
     def _why_invisible(self, key: OffloadKey) -> MissReason:
         reason = self._node.state.why_invisible()
@@ -272,16 +326,11 @@ class PeerTier(SecondaryTierManager):
         wanted = self._config.min_retrieve_tokens
         if wanted <= self._chunk_tokens:
             return True
-        keys = list(req_context._offload_key_positions)  # noqa: SLF001  (vLLM keeps the order there only)
-        run = 0
-        for key in keys[keys.index(first) :] if first in keys else ():
-            if not self._node.is_visible(key) or group_of(key) != group_of(first):
-                break
-            run += self._chunk_tokens
-        if run < wanted:
-            detail: dict[str, str | float] = {"held_tokens": float(run), "min_retrieve_tokens": float(wanted)}
+        held = self._visible_run(first, req_context) * self._chunk_tokens
+        if held < wanted:
+            detail: dict[str, str | float] = {"held_tokens": float(held), "min_retrieve_tokens": float(wanted)}
             self._request(req_context).details[MissReason.BELOW_MINIMUM] = detail
-        return run >= wanted
+        return held >= wanted
 
     def _request(self, req_context: ReqContext) -> RequestState:
         request: RequestState | None = req_context.get_state(RequestState)
@@ -289,7 +338,6 @@ class PeerTier(SecondaryTierManager):
             positions = req_context._offload_key_positions  # noqa: SLF001  (as above)
             request = RequestState(positions, made_at_s=time.monotonic())
             req_context.set_state(request)
-            self._requests[req_context.req_id] = request
         return request
 
     # -- SecondaryTierManager: jobs ------------------------------------------------------------------------------------
@@ -299,18 +347,24 @@ class PeerTier(SecondaryTierManager):
         for slot in slots:
             self.ledger.retract(slot)  # the policy has done so; a slot that is written into must never be readable
         self._loads[job_metadata.job_id] = job_metadata
+        self._watch.fetched(job_metadata.req_context.req_id)
+        request = self._request(job_metadata.req_context)
         self._node.fetch(
             job_metadata.job_id,
             job_metadata.req_context.req_id,
             list[bytes](job_metadata.keys),
             slots,
             self._config.fetch_timeout_s,
+            self._prefill.saved(request.start_token, self._chunk_tokens) if self._policy.is_on else None,
         )
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Publish what the engine has computed. Nothing is copied, so the job is done at once and pins nothing."""
         self._held = False
         self._publish(job_metadata.keys, job_metadata.chunk_ids.tolist(), fetched=False)
+        ends = map(job_metadata.req_context.get_offload_key_position, job_metadata.keys)
+        found = [end for end in ends if end is not None]
+        self._watch.stored(job_metadata.req_context.req_id, found, self._chunk_tokens, time.monotonic())
         self._stored.append(JobResult(job_metadata.job_id, True, transfer_time=0.0, transfer_bytes=0))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -321,6 +375,12 @@ class PeerTier(SecondaryTierManager):
             if job is not None:
                 results.append(self._finish_load(job, finished))
         return results
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """For the measurement of prefill."""
+        if context.new_req_ids:
+            self._watch.scheduled(context.new_req_ids, time.monotonic())
+        self._watch.forget(context.preempted_req_ids)
 
     def has_pending_work(self) -> bool:
         return self._node.has_jobs() or self._commands.has_work()
@@ -359,6 +419,8 @@ class PeerTier(SecondaryTierManager):
             failed = zip(keys, finished.reasons, strict=True)
             warm.reasons.update({key: reason for key, reason in failed if reason is not None})
         self._metrics.fetched(finished)
+        if finished.gate is not None and finished.gate.chunks < finished.gate.asked:
+            self._metrics.decided(finished.gate.verdict)
         self._log(job, finished, len(good))
         return JobResult(
             job.job_id,
@@ -403,4 +465,10 @@ class PeerTier(SecondaryTierManager):
         return metric_definitions()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        return self._metrics.take(self._node)
+        return self._metrics.take(self._node, self._prefill)
+
+
+def _last_token(req_context: ReqContext) -> int:
+    """Where the last whole chunk of the prompt ends; at its first lookup, a request has no others."""
+    positions = req_context._offload_key_positions  # noqa: SLF001  (as above)
+    return next(reversed(positions.values()), 0)

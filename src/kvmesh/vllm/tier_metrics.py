@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmesh.core.gate import Prefill, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import FinishedJob, NodeHandle
 from kvmesh.vllm.compat import (
@@ -21,6 +22,10 @@ VISIBLE_CHUNKS = "kvmesh_visible_chunks"
 PEERS = "kvmesh_peers"
 NODE_UP = "kvmesh_node_up"
 NODE_RESTARTS = "kvmesh_node_restarts"
+
+GATE_DECISIONS = "kvmesh_gate_decisions"
+PREFILL_RATE = "kvmesh_prefill_tokens_per_second"
+QUEUE_SECONDS = "kvmesh_queue_delay_seconds"
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -42,6 +47,14 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         ),
         VISIBLE_CHUNKS: OffloadingGaugeMetadata(documentation="Chunks that other instances are known to hold."),
         PEERS: OffloadingGaugeMetadata(documentation="Other instances whose KV is interchangeable with ours."),
+        GATE_DECISIONS: OffloadingCounterMetadata(
+            documentation="Requests for which fetching was weighed against computing, by verdict.",
+            labelnames=("verdict",),
+        ),
+        PREFILL_RATE: OffloadingGaugeMetadata(
+            documentation="How fast this engine computes prompts, as measured; 0 before the first measurement."
+        ),
+        QUEUE_SECONDS: OffloadingGaugeMetadata(documentation="How long requests wait to be scheduled, as measured."),
         NODE_UP: OffloadingGaugeMetadata(documentation="1 while the node process of this engine is running."),
         NODE_RESTARTS: OffloadingGaugeMetadata(documentation="How often the node process was started again."),
     }
@@ -53,7 +66,8 @@ class TierMetrics:
     def __init__(self) -> None:
         self._lookups: dict[MissReason | None, int] = {}
         self._finished: list[FinishedJob] = []
-        self._gauges: tuple[int, int, int, int] | None = None
+        self._decisions: dict[Verdict, int] = {}
+        self._gauges: tuple[float, ...] | None = None
 
     def looked_up(self, reason: MissReason | None) -> None:
         """Count one lookup; None is a hit."""
@@ -62,20 +76,29 @@ class TierMetrics:
     def fetched(self, finished: FinishedJob) -> None:
         self._finished.append(finished)
 
-    def take(self, node: NodeHandle) -> OffloadingConnectorStats | None:
+    def decided(self, verdict: Verdict) -> None:
+        """Count one decision of the gate."""
+        self._decisions[verdict] = self._decisions.get(verdict, 0) + 1
+
+    def take(self, node: NodeHandle, prefill: Prefill) -> OffloadingConnectorStats | None:
         """What happened since the last call, in vLLM's form; None when nothing did."""
         state = node.state
-        gauges = (node.visible_count(), state.peers, int(state.alive), node.restarts)
-        if not self._lookups and not self._finished and gauges == self._gauges:
+        rates = (round(prefill.tokens_per_s or 0.0, 1), round(prefill.queue_s, 4))
+        gauges: tuple[float, ...] = (node.visible_count(), state.peers, int(state.alive), node.restarts, *rates)
+        if not self._lookups and not self._finished and not self._decisions and gauges == self._gauges:
             return None
         stats = OffloadingConnectorStats()
-        for name, value in zip((VISIBLE_CHUNKS, PEERS, NODE_UP, NODE_RESTARTS), gauges, strict=True):
+        names = (VISIBLE_CHUNKS, PEERS, NODE_UP, NODE_RESTARTS, PREFILL_RATE, QUEUE_SECONDS)
+        for name, value in zip(names, gauges, strict=True):
             stats.set_gauge(name, value)
         self._gauges = gauges
         for reason, count in self._lookups.items():
             labels = ("hit", "") if reason is None else ("miss", reason.value)
             stats.increase_counter(LOOKUPS, count, labels)
         self._lookups.clear()
+        for verdict, count in self._decisions.items():
+            stats.increase_counter(GATE_DECISIONS, count, (verdict.value,))
+        self._decisions.clear()
         for finished in self._finished:
             self._count(stats, finished)
         self._finished.clear()

@@ -20,6 +20,8 @@ each. The node inherits the descriptors of the ledger and the pool by number.
      |-- Operated(id, report) -------------->|  again and again, until the report's state is final
      |<------------ MakeKeys(tokens) --------|
      |-- KeysMade(keys) -------------------->|
+     |<------------ Rates(peers) ------------|  how fast peers are, for the gate (`kvmesh.core.gate`); a Fetch says in
+     |                                       |  turn what computing would take, and the node refuses what does not pay
 
 Either side closing the socket ends the node. The engine treats a dead node as absent: every lookup is a miss, and the
 jobs that were out have failed once the process is known to be dead.
@@ -33,12 +35,14 @@ import msgspec
 from msgspec import Meta
 
 from kvmesh.core.format import Format
+from kvmesh.core.gate import Verdict
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.reasons import MissReason
 from kvmesh.wire.explain import Detail
 from kvmesh.wire.operations import AnyCommand, OperationId, Report, Sharing
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
+MAX_RATES = 32
 Slots = list[Annotated[int, Meta(ge=0, lt=1 << 32)]]
 Keys = list[Annotated[bytes, Meta(min_length=KEY_MIN_BYTES, max_length=KEY_MAX_BYTES)]]
 Count = Annotated[int, Meta(ge=0)]
@@ -53,6 +57,34 @@ class Segment(NamedTuple):
     fd: int
     offset_bytes: int
     length_bytes: int
+
+
+class PeerRate(NamedTuple):
+    """A fetch of so many bytes from this peer takes fixed_s + bytes * byte_s * (1 + pulls)."""
+
+    instance_id: str
+    fixed_s: Seconds
+    byte_s: Seconds
+    pulls: Count
+    """Fetches from it under way."""
+
+
+class SavedPrefill(NamedTuple):
+    """`kvmesh.core.gate.Saved`: what computing the first k chunks of a fetch would take."""
+
+    fixed_s: Seconds
+    chunk_s: Seconds
+    growth_s: Seconds
+
+
+class GateReport(NamedTuple):
+    """`kvmesh.core.gate.GateDecision`."""
+
+    verdict: Verdict
+    chunks: Count
+    asked: Count
+    fetch_s: Seconds | None
+    prefill_s: Seconds | None
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -94,6 +126,8 @@ class Fetch(Message, frozen=True):
     slots: Slots
     """As many as keys, each one once."""
     timeout_s: Seconds
+    saved: SavedPrefill | None = None
+    """None: not measured, or no gate; then everything is fetched."""
 
 
 class Ask(Message, frozen=True):
@@ -181,6 +215,8 @@ class FetchDone(Message, frozen=True):
     seconds: Seconds
     holders: list[str]
     """Instances that supplied chunks."""
+    gate: GateReport | None = None
+    """What the node's gate said; None when it had nothing to decide."""
 
 
 class Visible(Message, frozen=True):
@@ -222,8 +258,15 @@ class MakeKeys(Message, frozen=True):
     cache_salt: str | None
 
 
+class Rates(Message, frozen=True):
+    peers: Annotated[list[PeerRate], Meta(max_length=MAX_RATES)]
+    """The fastest ones of those that hold chunks."""
+    unmeasured: Count
+    """Peers that hold chunks and have not been measured."""
+
+
 ToNode = Start | Publish | Retract | Fetch | Ask | GiveUp | Operated | KeysMade | RequestRecord
-ToEngine = Ready | Failed | FetchDone | Visible | Answered | Directory | Operate | MakeKeys
+ToEngine = Ready | Failed | FetchDone | Visible | Answered | Directory | Operate | MakeKeys | Rates
 
 _encoder = msgspec.msgpack.Encoder()
 to_node_decoder = msgspec.msgpack.Decoder(ToNode)

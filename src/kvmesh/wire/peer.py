@@ -39,6 +39,17 @@ Chunks (nixl)
      |-- Validate([(slot, generation)]) --->|   after the bytes have arrived
      |<--- Validated([checksum or empty]) --|   empty: STALE
 
+Chunks (shm; on a unix socket only, see below)
+
+    |-- ShmAttach() ---------------------->|   once per connection
+    |<------------------ ShmAttached ------|   with it, as SCM_RIGHTS: the slot ledger, then one descriptor per segment
+    |   ... reads, without the holder ...  |   generation before and after, checksum from the ledger
+    |-- (end of the connection) -----------|   either side: the fetcher lets go of the holder's memory
+
+A holder that offers shm listens on an abstract unix socket besides, whose name is made of its peer port and incarnation
+(`kvmesh.transfer.shm_holder`). There both sides speak this same protocol, greeting and Proofs included, without TLS;
+both look at the other's user id, which the kernel vouches for, and end the connection when it is not their own.
+
 Besides: Lookup/Held (direct lookup, when no directory is reachable), Ping/Pong (is the peer's process alive?) and
 Follow, after which the conversation is another one (`kvmesh.wire.follow`).
 
@@ -72,6 +83,8 @@ HELLO_LIMIT_BYTES = 1 << 16
 MAX_KEYS = 4096
 """Keys of one request: a prefix of a million tokens in chunks of 256. Longer ones are asked in parts."""
 MAX_CHUNK_BYTES = 1 << 32
+MAX_SEGMENTS = 128
+"""Files of one pool. The kernel passes at most 253 descriptors at a time."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Incarnation = Annotated[str, Meta(pattern="^[0-9a-f]{16}", max_length=16)]
@@ -170,6 +183,10 @@ class NixlAttach(Message, frozen=True):
     """Ask for what is needed to read this node's slots with NIXL."""
 
 
+class ShmAttach(Message, frozen=True):
+    """Ask for the descriptors of this node's pool and ledger. Only on a unix socket."""
+
+
 class Resolve(Message, frozen=True):
     keys: Keys
 
@@ -210,6 +227,18 @@ class NixlMetadata(Message, frozen=True):
     probe_bytes: Annotated[int, Meta(ge=1, le=4096)]
 
 
+class ShmSegment(msgspec.Struct, frozen=True, array_like=True):
+    """A run of whole slots in the file of one descriptor."""
+
+    offset: Word
+    length: Annotated[int, Meta(ge=1)]
+
+
+class ShmAttached(Message, frozen=True):
+    segments: Annotated[list[ShmSegment], Meta(min_length=1, max_length=MAX_SEGMENTS)]
+    """In the order of the slots; as many as descriptors came with it, less the first, which is the ledger's."""
+
+
 class Place(msgspec.Struct, frozen=True, array_like=True):
     """Where a chunk lies in the holder's memory."""
 
@@ -230,8 +259,8 @@ class Validated(Message, frozen=True):
     """16 bytes: VALID. Empty: STALE."""
 
 
-Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate
-Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated
+Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate | ShmAttach
+Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated | ShmAttached
 Greeting = Hello | Refused
 Proven = Proof | Refused
 UNAUTHENTICATED = "unauthenticated"

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
+from kvmesh.core.gate import Policy, Saved, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.core.replica import Replica
 from kvmesh.node import fetcher as fetcher_module
@@ -20,7 +21,7 @@ from kvmesh.transfer.pool import HostPool
 from support.transfer_holder import Store, key
 from unit.controller.makers import make_format, make_member
 
-CHUNKS, CHUNK_BYTES = 4, 4096
+CHUNKS, CHUNK_BYTES, POOL_SLOTS = 4, 4096, 12
 KEYS = [key(index) for index in range(CHUNKS)]
 SLOTS = list(range(CHUNKS))
 
@@ -29,7 +30,7 @@ class World:
     """A fetcher and some holders that hold everything, all in this process."""
 
     def __init__(self, *holders: str, stall_s: float = 5.0) -> None:
-        self.pool = HostPool.create(CHUNKS, CHUNK_BYTES)
+        self.pool = HostPool.create(POOL_SLOTS, CHUNK_BYTES)
         self.store = Store(CHUNKS, CHUNK_BYTES)
         self.replica = Replica()
         self.threads = ThreadPoolExecutor(1)
@@ -41,10 +42,11 @@ class World:
         self.fetcher = Fetcher(
             self.replica,
             self.peers,
-            chunk_bytes=CHUNK_BYTES,
+            self.pool,
             stall_s=stall_s,
             abort=self.abort,
             quarantine=self.quarantine,
+            policy=Policy(),
         )
         for name in holders:
             self.join(name)
@@ -223,3 +225,133 @@ def test_another_format_is_no_peer(world: World) -> None:
     other = msgspec.structs.replace(make_format(), chunk_tokens=7)
     assert not world.peers.add(make_member("c", format=other))
     assert world.peers.usable("c") is MissReason.PEER_UNREACHABLE
+
+
+# -- many holders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is a piece of its own."""
+    monkeypatch.setattr("kvmesh.core.plan.PIECE_BYTES", CHUNK_BYTES)
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_a_prefix_comes_from_all_its_holders(world: World) -> None:
+    world.join("b")
+    result = await world.fetcher.fetch(make_items(KEYS, SLOTS), 5.0)
+    assert sorted(result.holders) == ["a", "b"]
+    assert [outcome.reason for outcome in result.outcomes] == [None] * CHUNKS
+    for index in SLOTS:
+        assert bytes(world.pool.row(index)) == bytes(world.store.pool.row(index))
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_what_a_failed_holder_owed_is_asked_of_another_at_once(world: World) -> None:
+    """Without waiting for the holders that are still delivering."""
+    for name in ("b", "c"):
+        world.join(name)
+    blocked = threading.Event()
+    world.transports["a"].faults = {key: Fault(reason=MissReason.PEER_LOST) for key in KEYS}
+    world.transports["b"].faults = {key: Fault(until=blocked) for key in KEYS}
+    job = asyncio.create_task(world.fetcher.fetch(make_items(KEYS, SLOTS), 30.0))
+    c = world.transports["c"]
+    while c.statistics().fetched_chunks < 2 and not job.done():  # its own, and one of those of a
+        await asyncio.sleep(0.001)
+    assert not job.done()
+    blocked.set()
+    assert [outcome.reason for outcome in (await job).outcomes] == [None] * CHUNKS
+
+
+# -- one fetch per key -------------------------------------------------------------------------------------------------
+
+
+async def test_who_asks_for_what_is_under_way_gets_a_copy(world: World) -> None:
+    """The holder is asked once; the second job has its own bytes, and the first is not over before."""
+    blocked = threading.Event()
+    world.transports["a"].faults[KEYS[0]] = Fault(until=blocked)
+    first = asyncio.create_task(world.fetch())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(world.fetcher.fetch(make_items(KEYS, [4, 5, 6, 7]), 5.0))
+    await asyncio.sleep(0)
+    blocked.set()
+    assert await first == [None] * CHUNKS
+    copied = [bytes(world.pool.row(slot)) for slot in (4, 5, 6, 7)]
+    assert copied == [bytes(world.store.pool.row(slot)) for slot in SLOTS]
+    outcomes = (await second).outcomes
+    assert [(outcome.reason, outcome.item.slot) for outcome in outcomes] == [(None, slot) for slot in (4, 5, 6, 7)]
+    assert world.transports["a"].statistics().fetched_chunks == CHUNKS
+    assert world.fetcher.under_way.joined_chunks == CHUNKS
+    assert not world.fetcher.under_way._waiting
+
+
+async def test_who_has_joined_in_vain_asks_itself(world: World) -> None:
+    """The first job's deadline is not the second's."""
+    blocked = threading.Event()
+    world.transports["a"].faults[KEYS[0]] = Fault(until=blocked)
+    first = asyncio.create_task(world.fetch(timeout_s=0.05))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(world.fetcher.fetch(make_items(KEYS, [4, 5, 6, 7]), 30.0))
+    assert await first == [MissReason.DEADLINE] * CHUNKS
+    blocked.set()
+    assert [outcome.reason for outcome in (await second).outcomes] == [None] * CHUNKS
+
+
+async def test_who_waits_for_another_job_has_its_own_deadline(world: World) -> None:
+    blocked = threading.Event()
+    world.transports["a"].faults[KEYS[0]] = Fault(until=blocked)
+    first = asyncio.create_task(world.fetch(timeout_s=30.0))
+    await asyncio.sleep(0)
+    result = await world.fetcher.fetch(make_items(KEYS, [4, 5, 6, 7]), 0.02)
+    assert {outcome.reason for outcome in result.outcomes} == {MissReason.DEADLINE}
+    before = bytes(world.pool.row(4))
+    blocked.set()
+    assert await first == [None] * CHUNKS
+    assert bytes(world.pool.row(4)) == before, "nobody writes into the slots of a job that is over"
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_slower_than_computing_is_not_fetched(world: World) -> None:
+    peer = world.peers.get("a")
+    assert peer is not None
+    peer.measured(CHUNK_BYTES, 1.0, 0)
+    result = await world.fetcher.fetch(make_items(KEYS, SLOTS), 30.0, Saved(0.0, 0.5))
+    assert [outcome.reason for outcome in result.outcomes] == [MissReason.GATE_REFUSED] * CHUNKS
+    assert result.gate is not None
+    assert result.gate.verdict is Verdict.SLOWER
+    assert peer.wants_probe
+    assert world.transports["a"].statistics().fetched_chunks == 0
+    assert await world.fetch() == [None] * CHUNKS, "without a word about computing, everything is fetched"
+    assert not peer.wants_probe
+
+
+async def test_an_allowed_fetch_takes_no_longer_than_computing(world: World) -> None:
+    """The link has become slow since it was measured: the error has an end."""
+    peer = world.peers.get("a")
+    assert peer is not None
+    peer.measured(1_000_000_000, 1.0, 0)
+    world.transports["a"].faults[KEYS[0]] = Fault(until=threading.Event())
+    result = await world.fetcher.fetch(make_items(KEYS, SLOTS), 60.0, Saved(0.0, 0.02))
+    assert {outcome.reason for outcome in result.outcomes} == {MissReason.DEADLINE}
+    assert result.seconds < 30
+    assert peer.rate.rate is not None
+    assert peer.rate.rate.predict(CHUNK_BYTES) > 0.02, "and it is remembered"
+
+
+async def test_fetches_are_measured_and_failures_are_not(world: World) -> None:
+    peer = world.peers.get("a")
+    assert peer is not None
+    world.transports["a"].faults[KEYS[0]] = Fault(reason=MissReason.PEER_LOST)
+    await world.fetch()
+    assert peer.rate.rate is None
+    world.transports["a"].faults.clear()
+    peer.breaker.succeeded()
+    await world.fetch()
+    assert peer.rate.rate is not None
+    assert peer.pulls == 0
+    rates = world.peers.rates(world.replica)
+    assert [rate.instance_id for rate in rates.peers] == ["a"]
+    world.join("b")
+    assert world.peers.rates(world.replica).unmeasured == 1

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvmesh.config import KVMeshConfig
+from kvmesh.core.gate import GateDecision, Verdict
 from kvmesh.core.plan import FetchItem
 from kvmesh.core.reasons import MissReason
 from kvmesh.core.replica import Replica
@@ -96,7 +97,9 @@ def fetched(log, outcomes, *, holder="peer", request_id="r"):
         for slot, (key, reason) in enumerate(outcomes.items())
     ]
     holders = [holder] if None in outcomes.values() else []
-    log.fetched(request_id, "tcp", 4096, JobResult(items, holders, 0.1, {}, dict.fromkeys(range(len(items)), holder)))
+    log.fetched(
+        request_id, "tcp", 4096, JobResult(items, holders, 0.1, {}, asked=dict.fromkeys(range(len(items)), holder))
+    )
 
 
 def shape(explanation):
@@ -200,6 +203,16 @@ class TestReasons:
         detail = {"fetch_s": 2.0, "prefill_s": 0.5}
         (cause,) = told(log, misses=[Miss(KEYS[0], MissReason.GATE_REFUSED, detail)]).causes
         assert (cause.detail, cause.chunks) == (detail, 8)
+        assert "2 s to fetch, 500 ms to compute" in cause.text
+
+    def test_what_the_nodes_own_gate_refused_has_both_times(self, log, join):
+        """The engine only knows afterwards that the fetch did not bring it."""
+        join("peer", KEYS)
+        items = [ChunkOutcome(FetchItem(key, slot), MissReason.GATE_REFUSED, None) for slot, key in enumerate(KEYS)]
+        decision = GateDecision(Verdict.SLOWER, 0, 8, fetch_s=2.0, prefill_s=0.5)
+        log.fetched("r", "-", 4096, JobResult(items, [], 0.0, {}, decision))
+        (cause,) = told(log, misses=[Miss(KEYS[0], MissReason.RECENTLY_FAILED)]).causes
+        assert (cause.reason, cause.instance_id, cause.chunks) == (MissReason.GATE_REFUSED, "peer", 8)
         assert "2 s to fetch, 500 ms to compute" in cause.text
 
     @pytest.mark.parametrize("reason", [MissReason.POOL_FULL, MissReason.NO_DIRECTORY, MissReason.NODE_DOWN])

@@ -10,7 +10,7 @@ from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.tcp import TcpTransport
 from support.transfer_holder import hello
 
-BOTH, TCP = ("nixl", "tcp"), ("tcp",)
+ALL, BOTH, TCP = ("shm", "nixl", "tcp"), ("nixl", "tcp"), ("tcp",)
 
 
 @pytest.mark.parametrize(
@@ -18,31 +18,43 @@ BOTH, TCP = ("nixl", "tcp"), ("tcp",)
     [
         ("tcp", BOTH, BOTH, True, "tcp", "transfer_channel is tcp"),
         ("auto", BOTH, BOTH, True, "nixl", "RDMA device"),
+        ("auto", ALL, ALL, True, "nixl", "RDMA device"),
         ("auto", BOTH, BOTH, False, "tcp", "no RDMA device"),
         ("auto", BOTH, TCP, True, "tcp", "peer does not offer"),
         ("auto", TCP, BOTH, True, "tcp", "not available here"),
         ("nixl", BOTH, BOTH, False, "nixl", "transfer_channel is nixl"),
         ("nixl", BOTH, TCP, False, "tcp", "peer does not offer"),
+        ("shm", ALL, TCP, True, "tcp", "does not offer shm"),
+        ("shm", ALL, ALL, True, "tcp", "not on this host"),
     ],
 )
-def test_nixl_is_taken_where_both_offer_it_and_it_pays(channel, ours, theirs, rdma, name, because):
-    """Whatever cannot be had is replaced by tcp, and the reason is told."""
-    choice = choose_name(channel, ours, theirs, rdma=rdma)
+def test_what_cannot_be_had_is_replaced_and_the_reason_is_told(channel, ours, theirs, rdma, name, because):
+    """Memory cannot be shared here: nixl where both offer it and it pays, otherwise tcp."""
+    choice = choose_name(channel, ours, theirs, why_not_shared=lambda: "not on this host", rdma=rdma)
     assert choice.name == name
     assert because in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("channel", "theirs", "name"),
+    [("auto", ALL, "shm"), ("shm", ALL, "shm"), ("auto", BOTH, "nixl"), ("nixl", ALL, "nixl"), ("tcp", ALL, "tcp")],
+)
+def test_memory_is_shared_where_it_can_be_and_was_not_ruled_out(channel, theirs, name):
+    assert choose_name(channel, ALL, theirs, why_not_shared=lambda: None, rdma=True).name == name
 
 
 def test_tcp_is_always_offered(monkeypatch):
     monkeypatch.setattr(factory, "unavailable", lambda: None)
     assert offered("tcp", rdma=True) == ("tcp",)
-    assert offered("auto", rdma=False) == ("tcp",)
-    assert offered("auto", rdma=True) == ("nixl", "tcp")
+    assert offered("shm", rdma=True) == ("shm", "tcp")
+    assert offered("auto", rdma=False) == ("shm", "tcp")
+    assert offered("auto", rdma=True) == ("shm", "nixl", "tcp")
     assert offered("nixl", rdma=False) == ("nixl", "tcp")
 
 
 def test_nixl_that_cannot_be_imported_stops_the_start_only_where_it_was_asked_for(monkeypatch):
     monkeypatch.setattr(factory, "unavailable", lambda: "NIXL: not installed")
-    assert offered("auto", rdma=True) == ("tcp",)
+    assert offered("auto", rdma=True) == ("shm", "tcp")
     with pytest.raises(StartupError, match="not installed"):
         offered("nixl")
 

@@ -11,6 +11,7 @@ import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
+from kvmesh.core.gate import Prefill, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import ConfigError, UnsupportedError
 from kvmesh.node.handle import FinishedJob, NodeState
@@ -189,7 +190,10 @@ def test_our_metrics_appear_beside_vllms():
     metrics.looked_up(None)
     metrics.looked_up(MissReason.NOT_PUBLISHED)
     metrics.fetched(FinishedJob(1, [None, MissReason.EVICTED], 4096, 0.25, ["b"]))
-    exporter.observe(metrics.take(node).data)
+    prefill = Prefill()
+    prefill.computed(0, 1000, 0.5)
+    metrics.decided(Verdict.SLOWER)
+    exporter.observe(metrics.take(node, prefill).data)
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"model_name": "tiny", **labels})
@@ -203,6 +207,8 @@ def test_our_metrics_appear_beside_vllms():
     assert value("kvmesh_visible_chunks") == 7
     assert value("kvmesh_peers") == 2
     assert value("kvmesh_node_up") == 1
+    assert value("kvmesh_gate_decisions_total", verdict="slower") == 1
+    assert value("kvmesh_prefill_tokens_per_second") == 2000
 
 
 def test_layout_is_asked_of_vllm():

@@ -96,6 +96,7 @@ def test_facts_of_a_local_folder(model, monkeypatch):
         "hash_algorithm": "sha256",
         "hash_seed": "7",
         "tokenizer": "",
+        "hidden_size": 0,
     }
 
 

@@ -11,6 +11,7 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 
 from kvmesh.core.ledger import SlotLedger
+from kvmesh.vllm import policy as policy_module
 from kvmesh.vllm.policy import POLICIES, KVMeshARC, KVMeshLRU
 from support.vllm_fakes import offload_key
 
@@ -31,7 +32,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy = self.manager._policy
         self.ledger = SlotLedger.create(SLOTS, 4096)
         self.reported: list[int] = []
-        self.policy.attach(self.ledger, self.reported.extend)
+        self.elsewhere: set[bytes] = set()
+        self.policy.attach(self.ledger, self.reported.extend, self.elsewhere.__contains__)
         self.expected: dict[int, tuple[bytes, int]] = {}
         """What must be readable: key and generation by slot."""
         self.resets = self.requests = 0
@@ -106,6 +108,11 @@ class PolicyMachine(RuleBasedStateMachine):
     def touch(self, keys):
         self.manager.touch(keys, self.request(keys))
         self.settle()
+
+    @rule(keys=KEYS)
+    def others_store_and_evict(self, keys):
+        self.elsewhere ^= set(keys)
+        self.policy._is_elsewhere = self.elsewhere.__contains__
 
     @precondition(lambda self: self.expected)
     @rule()
@@ -182,6 +189,62 @@ def test_a_chunk_that_is_taken_out_by_name_is_retracted(policy_class):
     policy.remove(offload_key(1))
     assert ledger.read(0) is None
     assert reported == [0], "the other had never been published"
+    ledger.close()
+
+
+def filled(policy_class, count, elsewhere=(), busy=()):
+    """A policy with idle chunks 0 to count, the first of them not used for longest."""
+    policy, ledger = policy_class(count), SlotLedger.create(count, 4096)
+    keys = {offload_key(number) for number in elsewhere}
+    policy.attach(ledger, lambda slots: None, keys.__contains__)
+    for number in range(count):
+        chunk = ChunkStatus(number)
+        chunk.ref_cnt = int(number in busy)
+        insert(policy, offload_key(number), chunk, ReqContext("r"))
+        ledger.publish(number, offload_key(number))
+    return policy, ledger
+
+
+def evicted(policy, n, protected=()):
+    found = policy.evict(n, {offload_key(number) for number in protected})
+    return None if found is None else [chunk.chunk_id for _, chunk in found]
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_what_others_hold_too_goes_before_a_last_copy(policy_class):
+    """The least recently used of them first; then the others in the policy's own order. All are retracted."""
+    policy, ledger = filled(policy_class, 6, elsewhere=(2, 4))
+    assert evicted(policy, 1) == [2]
+    assert evicted(policy, 2) == [4, 0]
+    assert [ledger.read(slot) is None for slot in range(6)] == [True, False, True, False, True, False]
+    assert evicted(policy, 3) == [1, 3, 5]
+    assert policy.evict(1, set()) is None
+    ledger.close()
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_what_is_in_use_or_protected_stays_whoever_else_holds_it(policy_class):
+    policy, ledger = filled(policy_class, 4, elsewhere=(0, 1), busy=(0,))
+    assert evicted(policy, 1, protected=(1,)) == [2]
+    assert evicted(policy, 3, protected=(1,)) is None
+    assert ledger.read(1) is not None
+    assert evicted(policy, 2) == [1, 3]
+    ledger.close()
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_of_what_others_hold_the_least_recently_used_goes(policy_class):
+    policy, ledger = filled(policy_class, 3, elsewhere=(0, 1, 2))
+    policy.touch([offload_key(0)], ReqContext("r"))
+    assert evicted(policy, 2) == [1, 2]
+    ledger.close()
+
+
+@pytest.mark.parametrize("policy_class", [KVMeshLRU, KVMeshARC])
+def test_an_eviction_looks_at_a_bounded_number_of_chunks(policy_class, monkeypatch):
+    monkeypatch.setattr(policy_module, "LOOKS", 3)
+    policy, ledger = filled(policy_class, 6, elsewhere=(2, 5))
+    assert evicted(policy, 2) == [2, 0]
     ledger.close()
 
 

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from vllm.v1.kv_offload.base import LookupResult, ReqContext
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from kvmesh.config import KVMeshConfig
+from kvmesh.core.gate import Rate, Source, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.handle import NodeState
+from kvmesh.vllm import prefill_watch
 from kvmesh.vllm import tier as tier_module
+from kvmesh.vllm.request_records import RequestState
 from kvmesh.vllm.tier import PeerTier
 from kvmesh.wire import link
 from support.vllm_fakes import FACTS, FakeNode, configured_extra, make_offloading_config, offload_key, shared_pool
@@ -181,6 +184,107 @@ class TestStore:
         assert not tier.has_pending_work()
 
 
+class TestGate:
+    """A prompt of four chunks of 64 tokens, all held by a peer."""
+
+    KEYS = (A, B, C, D)
+
+    def context(self, name="r1", count=4) -> ReqContext:
+        context = ReqContext(name)
+        for index, key in enumerate(self.KEYS[:count]):
+            context.set_offload_key_position(key, 64 * (index + 1))
+        return context
+
+    def compute(self, tier, clock, seconds=1.0, queue_s=0.0, name="cold", keys=(10, 11, 12, 13)):
+        """A prompt that nobody has is computed."""
+        keys = [offload_key(number) for number in keys]
+        context = ReqContext(name)
+        for index, key in enumerate(keys):
+            context.set_offload_key_position(key, 64 * (index + 1))
+        for key in keys:
+            tier.lookup(key, context)
+        clock.now_s += queue_s
+        tier.on_schedule_end(ScheduleEndContext(new_req_ids=[name], preempted_req_ids=[]))
+        clock.now_s += seconds
+        tier.submit_store(job(99, keys, [0, 1, 2, 3], context, promotion=False))
+
+    def test_prefill_is_measured_from_being_scheduled_to_being_stored(self, tier, clock):
+        self.compute(tier, clock, seconds=2.0, queue_s=10.0)
+        assert tier._prefill.tokens_per_s == pytest.approx(128)
+        assert tier._prefill.queue_s == pytest.approx(1.5)
+
+    def test_what_the_peers_deliver_later_than_it_is_computed_is_a_miss_with_that_reason(self, tier, clock):
+        tier.node.visible = set(self.KEYS)
+        tier.node.peer = Source("peer", 0, Rate(0.0, 1.0 / CHUNK_BYTES))  # a second for each chunk
+        self.compute(tier, clock, seconds=1.0)
+        lookups(tier)
+        context = self.context()
+        assert [tier.lookup(key, context) for key in self.KEYS] == [MISS] * 4
+        assert counted(tier)["kvmesh_lookup_chunks"] == {("miss", "gate_refused"): 4}
+        state = context.get_state(RequestState)
+        decision = state.gate
+        assert (decision.verdict, decision.chunks, decision.asked) == (Verdict.SLOWER, 0, 4)
+        assert decision.fetch_s == pytest.approx(4.0)
+        assert decision.prefill_s == pytest.approx(1.0)
+        assert state.details == {
+            MissReason.GATE_REFUSED: {"fetch_s": decision.fetch_s, "prefill_s": decision.prefill_s}
+        }
+
+    def test_what_they_deliver_sooner_is_fetched_and_the_node_is_told_what_it_saves(self, tier, clock):
+        tier.node.visible = set(self.KEYS)
+        tier.node.peer = Source("peer", 0, Rate(0.0, 0.1 / CHUNK_BYTES))
+        self.compute(tier, clock, seconds=1.0)
+        context = self.context()
+        assert [tier.lookup(key, context) for key in self.KEYS] == [HIT] * 4
+        assert counted(tier)["kvmesh_gate_decisions"] == {("pays",): 1}
+        tier.submit_load(job(1, self.KEYS, [0, 1, 2, 3], context))
+        assert tier.node.saved[-1].predict(4) == pytest.approx(1.0)
+
+    def test_before_anything_was_measured_everything_is_fetched(self, tier, clock):
+        tier.node.visible = set(self.KEYS)
+        assert tier.lookup(A, self.context("r1")) is HIT
+        tier.node.peer = Source("peer", 0, Rate(0.0, 1.0))
+        assert tier.lookup(A, self.context("r2")) is HIT
+        self.compute(tier, clock)
+        tier.node.peer = Source("", 0, None)
+        assert tier.lookup(A, self.context("r3")) is HIT
+        assert tier.lookup(A, ReqContext("r4")) is HIT
+
+    def test_the_pull_is_capped_at_what_arrives_in_time(self, make_tier, clock):
+        tier = make_tier(fetch_timeout_s=2.5)
+        tier.node.visible = set(self.KEYS)
+        tier.node.peer = Source("peer", 0, Rate(0.0, 1.0 / CHUNK_BYTES))
+        self.compute(tier, clock, seconds=20.0)
+        context = self.context()
+        assert [tier.lookup(key, context) for key in self.KEYS] == [HIT, HIT, MISS, MISS]
+
+    def test_switched_off_it_asks_nobody(self, make_tier, clock):
+        tier = make_tier(fetch_gate="off")
+        tier.node.visible = set(self.KEYS)
+        tier.node.peer = Source("peer", 0, Rate(0.0, 1.0))
+        self.compute(tier, clock)
+        context = self.context()
+        assert tier.lookup(A, context) is HIT
+        tier.submit_load(job(1, [A], [0], context))
+        assert tier.node.saved == [None]
+
+    def test_answers_and_preempted_requests_are_not_measured(self, tier, clock):
+        context = self.context(count=1)
+        tier.lookup(A, context)
+        context.set_offload_key_position(B, 128)
+        tier.submit_store(job(1, [B], [0], context, promotion=False))
+        assert tier._prefill.tokens_per_s is None
+        tier.lookup(C, self.context("r2"))
+        tier.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=["r2"]))
+        assert not tier._watch._requests
+
+    def test_what_is_watched_is_bounded(self, tier, monkeypatch):
+        monkeypatch.setattr(prefill_watch, "MAX_WATCHED", 3)
+        for number in range(9):
+            tier.lookup(A, self.context(f"r{number}"))
+        assert len(tier._watch._requests) == 3
+
+
 class TestFetch:
     def test_slots_are_unreadable_while_they_are_written(self, tier):
         tier.ledger.publish(3, D)
@@ -310,6 +414,7 @@ class TestMetrics:
         assert (found["kvmesh_node_up"], found["kvmesh_node_restarts"]) == ({(): 0}, {(): 1})
 
     def test_every_name_is_defined_for_vllm(self, tier):
+        tier.node.visible = {A}
         tier.lookup(A, ReqContext("r1"))
         tier.submit_load(job(1, [A, B], [0, 1]))
         tier.node.finish(1, [None, MissReason.STALE])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvmesh.bench.chaos.cells import TRANSPORTS
 from kvmesh.bench.chaos.matrix import FULL, QUICK, Result, choose, run_matrix
 from kvmesh.bench.chaos.report import print_json, progress, show_progress, show_table
 from kvmesh.bench.chaos.soak import run_soak
@@ -16,9 +17,21 @@ from kvmesh.errors import StartupError
 __all__ = ["run_chaos", "run_soak"]
 
 
-def run_chaos(*, quick: bool, as_json: bool, only: Sequence[str], seed: int, logs: Path | None = None) -> int:
-    """Run the matrix and print it; 1 when any cell failed, otherwise 0. Raises StartupError for an unknown cell."""
-    chosen = choose(only, quick=quick)
+def run_chaos(
+    *,
+    quick: bool,
+    as_json: bool,
+    only: Sequence[str],
+    seed: int,
+    logs: Path | None = None,
+    channels: Sequence[str] = TRANSPORTS,
+) -> int:
+    """Run the matrix and print it; 1 when any cell failed, otherwise 0. Raises StartupError for an unknown cell or
+    channel.
+    """
+    if unknown := set(channels).difference(TRANSPORTS):
+        raise StartupError("--channels", expected=f"some of: {', '.join(TRANSPORTS)}", found=", ".join(sorted(unknown)))
+    chosen = choose(only, quick=quick, channels=channels)
     if not chosen:
         known = ", ".join(sorted({cell.name for _, cell in choose((), quick=False)}))
         raise StartupError("--only", expected=f"one of: {known}", found=", ".join(only))

@@ -38,9 +38,11 @@ from kvmesh.bench.chaos.faults import (
 )
 from kvmesh.bench.chaos.stage import Kind, Stage
 
-Transport = Literal["tcp", "nixl"]
+Transport = Literal["tcp", "nixl", "shm"]
 Fault = Callable[[Stage], contextlib.AbstractContextManager[None]]
-BOTH: tuple[Transport, ...] = ("tcp", "nixl")
+TRANSPORTS: tuple[Transport, ...] = ("tcp", "nixl", "shm")
+NETWORKED: tuple[Transport, ...] = ("tcp", "nixl")
+"""Those that a link between two hosts, or a proxy, has a part in."""
 TCP: tuple[Transport, ...] = ("tcp",)
 NIXL: tuple[Transport, ...] = ("nixl",)
 
@@ -51,7 +53,7 @@ class Cell(NamedTuple):
     name: str
     fault: Fault
     kind: Kind = "local"
-    transports: tuple[Transport, ...] = BOTH
+    transports: tuple[Transport, ...] = TRANSPORTS
     lasts: bool = True
     """The fault stays for a while; otherwise it is over at once, and healing is what is measured."""
     serves: bool = False
@@ -74,15 +76,15 @@ def _needs_clocks() -> str | None:
 
 
 CELLS: tuple[Cell, ...] = (
-    Cell("peer-node-killed", peer_node_killed, lasts=False, quick=BOTH),
-    Cell("peer-stopped", peer_stopped, quick=BOTH),
+    Cell("peer-node-killed", peer_node_killed, lasts=False, quick=TRANSPORTS),
+    Cell("peer-stopped", peer_stopped, quick=TRANSPORTS),
     Cell("peer-restarted", peer_restarted, lasts=False),
     Cell("engine-killed", engine_killed, quick=TCP),
     Cell("nixl-process-killed", nixl_process_killed, transports=NIXL, lasts=False, quick=NIXL),
-    Cell("own-node-killed", own_node_killed, lasts=False, quick=BOTH),
+    Cell("own-node-killed", own_node_killed, lasts=False, quick=TRANSPORTS),
     Cell("own-node-stopped", own_node_stopped, lasts=False),
     Cell("slots-spoilt", slots_spoilt),
-    Cell("slots-reused", slots_reused, quick=BOTH),
+    Cell("slots-reused", slots_reused, quick=TRANSPORTS),
     Cell("wrong-format", wrong_format, serves=True),
     Cell("wrong-incarnation", wrong_incarnation),
     Cell("address-reused", address_reused),
@@ -96,8 +98,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("directory-gap-up", gap_of_events, "lossy"),
     Cell("directory-gap-down", gap_of_notices, "lossy"),
     Cell("disks-full", disks_full, "small_disks", lasts=False),
-    Cell("link-cut", link_cut, "network"),
-    Cell("link-cut-one-way", link_cut_one_way, "network"),
-    Cell("link-slow", link_slow, "network"),
-    Cell("cut-off", cut_off, "network"),
+    Cell("link-cut", link_cut, "network", NETWORKED),
+    Cell("link-cut-one-way", link_cut_one_way, "network", NETWORKED),
+    Cell("link-slow", link_slow, "network", NETWORKED),
+    Cell("cut-off", cut_off, "network", NETWORKED),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmesh.bench.chaos import network
-from kvmesh.bench.chaos.cells import CELLS, Cell, Transport
+from kvmesh.bench.chaos.cells import CELLS, TRANSPORTS, Cell, Transport
 from kvmesh.bench.chaos.stage import FETCH_TIMEOUT_S, Kind, Stage
 from kvmesh.bench.chaos.traffic import reasons, share
 from kvmesh.errors import KVMeshError
@@ -100,18 +100,19 @@ class Stages:
             stage.close()
 
 
-def choose(only: Sequence[str], *, quick: bool) -> list[tuple[Transport, Cell]]:
+def choose(only: Sequence[str], *, quick: bool, channels: Sequence[str] = TRANSPORTS) -> list[tuple[Transport, Cell]]:
     """Cells to run, in an order that opens few stages. `only` are names of cells, with or without `transport/`."""
     chosen = [
         (transport, cell)
-        for transport in ("tcp", "nixl")
+        for transport in TRANSPORTS
+        if transport in channels
         for cell in CELLS
         if transport in cell.transports and (transport in cell.quick or not quick or only)
     ]
     if only:
         wanted = set(only)
         chosen = [(transport, cell) for transport, cell in chosen if {cell.name, f"{transport}/{cell.name}"} & wanted]
-    return sorted(chosen, key=lambda entry: (entry[0] != "tcp", _KINDS.index(entry[1].kind)))
+    return sorted(chosen, key=lambda entry: (TRANSPORTS.index(entry[0]), _KINDS.index(entry[1].kind)))
 
 
 _KINDS: tuple[Kind, ...] = ("local", "proxied", "secured", "lossy", "small_disks", "network")

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
-from kvmesh.bench.chaos.cells import CELLS, Cell
+from kvmesh.bench.chaos.cells import CELLS, TRANSPORTS, Cell
 from kvmesh.bench.chaos.matrix import Availability, Pace, Result, run_cell
 from kvmesh.bench.chaos.report import console, progress, show_progress
 from kvmesh.bench.chaos.stage import Stage
@@ -71,10 +71,10 @@ class SoakResult:
 
 
 def run_soak(*, minutes: float, as_json: bool, seed: int, logs: Path | None = None) -> int:
-    """Soak each transport for half of the time and print what was measured; 1 when anything failed or grew."""
+    """Soak each transport for its share of the time and print what was measured; 1 when anything failed or grew."""
     results = []
     available = Availability()
-    transports = [name for name in ("tcp", "nixl") if available.reason(name, CELLS[0]) is None]
+    transports = [name for name in TRANSPORTS if available.reason(name, CELLS[0]) is None]
     with ExitStack() as stack:
         folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmesh-soak-")))
         for transport in transports:

@@ -1,0 +1,83 @@
+"""One fetch per key at a time: who asks for a chunk that is on its way already waits for it and gets a copy.
+
+The chunk is copied out of the slot of the job that fetches it, which therefore is not over before the copy is made:
+only then may its engine do with the slot what it likes. Runs on the node's event loop; copies run in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+
+from kvmesh.core.keys import ChunkKey
+from kvmesh.core.plan import FetchItem
+from kvmesh.core.reasons import MissReason
+from kvmesh.transfer.base import ChunkOutcome
+from kvmesh.transfer.pool import HostPool
+
+
+class _Joiner:
+    """Somebody who waits for a chunk."""
+
+    def __init__(self, item: FetchItem) -> None:
+        self.item = item
+        self.outcome: asyncio.Future[ChunkOutcome] = asyncio.get_running_loop().create_future()
+        self.is_served = False
+        """Its slot may be written into from now on until `outcome` is there."""
+
+
+class UnderWay:
+    """The chunks that jobs are fetching now, and who waits for them."""
+
+    def __init__(self, pool: HostPool) -> None:
+        self._pool = pool
+        self._waiting: dict[ChunkKey, list[_Joiner]] = {}
+        """By every key that is being fetched."""
+        self.joined_chunks = 0
+        """Copied from another job's slot instead of being fetched."""
+
+    def claim(self, items: Iterable[FetchItem]) -> tuple[list[FetchItem], list[FetchItem]]:
+        """What the caller is to fetch, and has to `settle`; and what others are fetching, which it may `join`."""
+        own, others = [], []
+        for item in items:
+            if item.key in self._waiting:
+                others.append(item)
+            else:
+                own.append(item)
+                self._waiting[item.key] = []
+        return own, others
+
+    async def join(self, item: FetchItem, until_s: float) -> ChunkOutcome:
+        """The outcome of a chunk that somebody else fetches, with its bytes in our slot where it is a hit. DEADLINE at
+        time.monotonic() `until_s`; then nobody writes into the slot any more. Call it before anything is awaited.
+        """
+        joiner = _Joiner(item)
+        waiting = self._waiting[item.key]
+        waiting.append(joiner)
+        await asyncio.wait((joiner.outcome,), timeout=max(0.0, until_s - time.monotonic()))
+        if joiner.outcome.done() or joiner.is_served:
+            return await joiner.outcome
+        waiting.remove(joiner)
+        return ChunkOutcome(item, MissReason.DEADLINE, None)
+
+    async def settle(self, outcomes: Sequence[ChunkOutcome]) -> None:
+        """The caller's chunks are decided. Returns when all who waited have got them, so that it may give its slots
+        back. What was settled before is passed over.
+        """
+        for outcome in outcomes:
+            waiting = self._waiting.pop(outcome.item.key, None)
+            if not waiting:
+                continue
+            for joiner in waiting:
+                joiner.is_served = True
+            slots = [joiner.item.slot for joiner in waiting]
+            if outcome.reason is None:
+                await asyncio.get_running_loop().run_in_executor(None, self._copy, outcome.item.slot, slots)
+                self.joined_chunks += len(slots)
+            for joiner in waiting:
+                joiner.outcome.set_result(outcome._replace(item=joiner.item))
+
+    def _copy(self, source: int, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._pool.row(slot)[:] = self._pool.row(source)

@@ -1,0 +1,131 @@
+"""Probes: who is measured beside the requests, how often, and that they cost little."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from kvmesh.core.reasons import MissReason
+from kvmesh.core.replica import Replica
+from kvmesh.node import prober as prober_module
+from kvmesh.node.peers import Peers
+from kvmesh.node.prober import REPEAT_S, Prober
+from kvmesh.transfer.fake import FakeTransport, Fault
+from support.transfer_holder import Store, key
+from unit.controller.makers import make_format, make_member
+
+CHUNKS, CHUNK_BYTES = 4, 4096
+KEYS = [key(index) for index in range(CHUNKS)]
+
+
+class World:
+    def __init__(self):
+        self.store = Store(CHUNKS, CHUNK_BYTES)
+        self.replica = Replica()
+        self.threads = ThreadPoolExecutor(1)
+        self.faults: dict[bytes, Fault] = {}
+        self.probed: list[FakeTransport] = []
+        self.told = 0
+        self.peers = Peers(make_format(), lambda member: self.make(member, self.store.pool), self.threads)
+        self.prober = Prober(self.replica, self.peers, self.make, CHUNK_BYTES, self.tell)
+
+    def make(self, member, pool):
+        transport = FakeTransport(self.store.pool, self.store.locate, pool, faults=self.faults)
+        self.probed.append(transport)
+        return transport
+
+    def tell(self):
+        self.told += 1
+
+    def join(self, name, keys=KEYS):
+        member = make_member(name, format=make_format())
+        self.peers.add(member)
+        self.replica.member_up(name, member.incarnation)
+        self.replica.apply_snapshot(name, member.incarnation, 0, keys, first=True, last=True)
+        self.probed.clear()
+        return self.peers.get(name)
+
+    def close(self):
+        self.threads.shutdown()
+        self.store.close()
+
+
+@pytest.fixture
+def world():
+    world = World()
+    yield world
+    world.close()
+
+
+async def test_a_peer_that_holds_something_is_measured_once(world):
+    """And its memory is nobody's pool: what was probed is thrown away."""
+    peer = world.join("a")
+    assert world.prober._next(0.0) is peer
+    await world.prober._probe(peer)
+    assert peer.rate.rate is not None
+    assert world.told == 1
+    assert world.prober._next(1e12) is None
+
+
+def test_who_holds_nothing_is_busy_or_left_alone_is_not_probed(world):
+    nothing = world.join("nothing", keys=[])
+    busy, failed, nixl = (world.join(name) for name in ("busy", "failed", "nixl"))
+    busy.pulls = 1
+    failed.breaker.failed(1e12)
+    nixl.transport.name = "nixl"
+    assert world.prober._next(0.0) is None
+    busy.pulls = 0
+    assert world.prober._next(0.0) is busy
+    del nothing
+
+
+async def test_a_refused_peer_is_measured_again_after_a_while(world, monkeypatch):
+    """It may have become faster; the longer a probe takes, the rarer it is."""
+    peer = world.join("a")
+    await world.prober._probe(peer)
+    peer.wants_probe = True
+    begin_s = prober_module.time.monotonic()
+    assert world.prober._next(begin_s) is None
+    assert world.prober._next(begin_s + REPEAT_S + 1) is peer
+    monkeypatch.setattr(prober_module, "_fetch", lambda transport, items: (1, 3.0))
+    await world.prober._probe(peer)
+    assert world.prober._next(begin_s + 50) is None
+    assert not peer.wants_probe
+    peer.wants_probe = True
+    assert world.prober._next(begin_s + 70) is peer
+
+
+async def test_a_probe_that_brings_nothing_measures_nothing(world):
+    """The peer's breaker learns of its faults from fetches."""
+    peer = world.join("a")
+    world.faults |= {each: Fault(reason=MissReason.PEER_LOST) for each in KEYS}
+    await world.prober._probe(peer)
+    assert peer.rate.rate is None
+    assert world.told == 0
+    assert world.prober._next(0.0) is None, "and is not repeated at once"
+
+
+async def test_close_ends_a_probe_that_runs(world):
+    peer = world.join("a")
+    blocked = threading.Event()
+    world.faults |= {each: Fault(until=blocked, reason=MissReason.PEER_LOST) for each in KEYS}
+    probe = asyncio.create_task(world.prober._probe(peer))
+    while world.prober._running is None:
+        await asyncio.sleep(0)
+    (probing,) = world.probed
+    world.prober.close()
+    assert probing._closed.is_set()
+    blocked.set()
+    await probe
+    assert peer.rate.rate is None
+
+
+async def test_what_is_remembered_of_probes_goes_with_the_peers(world):
+    peer = world.join("a")
+    await world.prober._probe(peer)
+    world.peers.remove("a")
+    world.prober._next(0.0)
+    assert not world.prober._not_before_s
