@@ -124,6 +124,8 @@ class Node:
         self._background = ThreadPoolExecutor(4, thread_name_prefix="connect")
         self._fetches = self._fetched_chunks = self._fetched_bytes = self._active_fetches = 0
         self._fetch_seconds = 0.0
+        self._prefill_tokens_per_s = 0.0
+        """What the engine told last of its speed; 0 before it has measured any."""
         self._misses: dict[str, int] = {}
         self._admin: socket.socket | None = None
         self._closing = threading.Event()
@@ -263,6 +265,8 @@ class Node:
         saved: Saved | None = None,
     ) -> JobResult:
         """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
+        if saved is not None and saved.chunk_s > 0:
+            self._prefill_tokens_per_s = self.format.chunk_tokens / saved.chunk_s
         self._active_fetches += 1
         try:
             result = await self.fetcher.fetch(make_items(keys, slots), timeout_s, saved)
@@ -434,6 +438,7 @@ class Node:
             served_chunks=served.served_chunks,
             served_bytes=served.served_bytes,
             misses=dict(self._misses),
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
             sharing=self.sharing.value,
             pinned_chunks=self.operations.pinned_chunks,
             active_fetches=self._active_fetches,
