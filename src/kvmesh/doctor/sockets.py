@@ -6,6 +6,7 @@ handshake is through: the controller sees a connection and no message.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -22,6 +23,9 @@ from kvmesh.wire.curve import CurveKeys, parse_event, secure_node, watch
 
 SOCKETS = {"controller_pull_url": zmq.PUSH, "controller_reply_url": zmq.DEALER, "controller_heartbeat_url": zmq.DEALER}
 """What a node connects to each URL: a socket of another type gets no handshake."""
+
+MECHANISM_START, MECHANISM_END = 12, 32
+"""In the greeting, after signature and version."""
 
 
 class Handshake(Enum):
@@ -46,8 +50,8 @@ def check(situation: Situation) -> Iterator[Finding]:
     else:
         for name, kind in SOCKETS.items():
             url = getattr(config, name)
-            if url is not None:
-                yield socket_finding(name, url, kind, situation)
+            for one in () if url is None else url.split(","):
+                yield socket_finding(name, one, kind, situation)
     if situation.cluster is not None:
         yield from turned_away(situation.cluster)
 
@@ -111,15 +115,34 @@ def shake_hands(url: str, kind: int, key: ClusterKey | None, timeout_s: float) -
     """Make a connection of a socket of this kind, as a node does, and tell how its handshake came out."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        socket = context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
+        node = context.socket(kind)
+        node.setsockopt(zmq.LINGER, 0)
         if key is not None:
-            secure_node(socket, CurveKeys.derive(key))
-        watcher = watch(context, socket, "doctor")
-        socket.connect(url)
-        return _follow(watcher, time.monotonic() + timeout_s, has_key=key is not None)
+            secure_node(node, CurveKeys.derive(key))
+        watcher = watch(context, node, "doctor")
+        node.connect(url)
+        result = _follow(watcher, time.monotonic() + timeout_s, has_key=key is not None)
     finally:
         context.destroy(linger=0)
+    if result is Handshake.REFUSED and speaks_without_key(url, timeout_s):
+        # It hung up before ZMQ could read what it speaks.
+        return Handshake.KEY_MISSING_THERE
+    return result
+
+
+def speaks_without_key(url: str, timeout_s: float) -> bool:
+    """Whether a ZMQ socket answers a greeting without security (ZMTP 3.0) with one without security."""
+    host, port = parse_host_port(url.removeprefix("tcp://"))
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    theirs = b""
+    try:
+        with socket.create_connection((host, port), timeout_s) as connection:
+            connection.sendall(greeting)
+            while len(theirs) < MECHANISM_END and (piece := connection.recv(MECHANISM_END - len(theirs))):
+                theirs += piece
+    except OSError:
+        return False
+    return theirs[MECHANISM_START:MECHANISM_END].rstrip(b"\0") == b"NULL"
 
 
 def _follow(watcher: zmq.Socket[bytes], until_s: float, *, has_key: bool) -> Handshake:

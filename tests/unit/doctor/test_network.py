@@ -58,6 +58,13 @@ def test_handshakes(there, here, result):
     assert (found.level is Level.OK) == (result is Handshake.MADE)
 
 
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_socket_without_a_key_says_so_in_its_greeting(key):
+    """However early it hangs up on somebody with a key."""
+    with control_socket(key) as url:
+        assert sockets.speaks_without_key(url, 5.0) == (key is None)
+
+
 @pytest.mark.parametrize("name", sockets.SOCKETS)
 def test_each_control_socket_is_connected_to_by_its_own_kind(name):
     """A controller's event socket is no request socket, and takes no handshake of one."""
