@@ -242,7 +242,7 @@ def test_hit_rates(controller: Controller, holder: StandInEngine, reader: StandI
     before = chunks()
     tell(holder, "rates-1", wanted)
     tell(reader, "rates-2", wanted)
-    wait_for(lambda: chunks() == before + 16)
+    wait_for(lambda: chunks() >= before + 16)  # more, when reports of what was asked before are still under way
     answer = get(controller.url, "/api/v1/hit-rates", minutes=60)
     by_name = {one["instance_id"]: one["recent"] for one in answer["instances"]}
     assert set(by_name) == {"holder", "reader"}

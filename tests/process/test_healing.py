@@ -203,8 +203,11 @@ def test_faults_of_the_matrix_that_are_about_healing(cells: tuple[str, ...], tmp
         pytest.skip(results[0].not_run)
 
 
-WALL_CLOCK_USERS = {"vllm/pool_names.py"}
-"""They compare with the times of files, which are wall-clock times."""
+WALL_CLOCK_USERS = {
+    "vllm/pool_names.py",  # the times of files
+    "doctor/situation.py",  # how far two machines' clocks are apart
+    "controller/ui/live.py",  # the time of day, for people
+}
 
 
 def test_no_deadline_reads_a_clock_that_can_jump() -> None:
