@@ -20,7 +20,8 @@ from support.stand_ins import make_config, running_engine
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
 ENGINE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 from kvmesh.bench.stand_in import StandInEngine, make_key
 from kvmesh.config import KVMeshConfig
 engine = StandInEngine(KVMeshConfig.from_wire(bytes.fromhex(sys.argv[1])), slots=8, chunk_bytes=65536)

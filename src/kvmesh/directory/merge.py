@@ -31,7 +31,9 @@ class Merge:
         """Incarnation by instance id, as the listener knows it."""
         self._unnamed_since_s: dict[str, float] = {}
         self._replaced: OrderedDict[tuple[str, str], None] = OrderedDict()
-        """Lives that have ended because the id began another one: a directory that is behind may still name them."""
+        """Lives that have ended because the id began another one. A directory that is behind may still name them, which
+        does not end the other one; once that has ended they may come back, like a node that was stopped for long.
+        """
         self._connected = False
 
     def source(self) -> Source:
@@ -73,12 +75,12 @@ class Merge:
     def member_up(self, member: Member) -> None:
         """A directory names a member."""
         instance_id, incarnation = member.instance_id, member.incarnation
-        if (instance_id, incarnation) in self._replaced:
-            return
         before = self._current.get(instance_id)
         if before == incarnation:
             return
         if before is not None:
+            if (instance_id, incarnation) in self._replaced:
+                return
             self._replaced[instance_id, before] = None
             while len(self._replaced) > MAX_REPLACED:
                 self._replaced.popitem(last=False)

@@ -123,7 +123,7 @@ def test_the_view_of_an_absent_directory_fades(merge: Merge, both: tuple[Source,
     assert set(listener.members) == {"peer"}
 
 
-def test_an_ended_life_never_comes_back(both: tuple[Source, Source], listener: Listener) -> None:
+def test_a_replaced_life_ends_no_newer_one(both: tuple[Source, Source], listener: Listener) -> None:
     """A directory that is behind names the old life of an instance: nobody believes it, nor its chunks."""
     left, right = both
     left.on_member_up(member(SECOND_LIFE))
@@ -134,6 +134,17 @@ def test_an_ended_life_never_comes_back(both: tuple[Source, Source], listener: L
     assert listener.changes == 0
     assert left.on_changes(Changes("peer", SECOND_LIFE, 1, [], []))
     assert listener.changes == 1
+
+
+def test_a_replaced_life_may_be_back_when_the_newer_one_has_ended(
+    both: tuple[Source, Source], listener: Listener
+) -> None:
+    """A node that was stopped for so long that another one took its id, and that went away again."""
+    left, _ = both
+    left.on_member_up(member(SECOND_LIFE))
+    left.on_member_down("peer", SECOND_LIFE, "left")
+    left.on_member_up(member(FIRST_LIFE))
+    assert listener.members == {"peer": FIRST_LIFE}
 
 
 def test_a_dropped_directory_counts_as_absent(merge: Merge, both: tuple[Source, Source], listener: Listener) -> None:
