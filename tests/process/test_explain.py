@@ -242,13 +242,19 @@ def test_hit_rates(controller: Controller, holder: StandInEngine, reader: StandI
     before = chunks()
     tell(holder, "rates-1", wanted)
     tell(reader, "rates-2", wanted)
-    wait_for(lambda: chunks() >= before + 16)  # more, when reports of what was asked before are still under way
+    wait_for(lambda: chunks() >= before + 16)
+
+    def recent() -> dict[str, Any]:
+        found: dict[str, Any] = get(controller.url, "/api/v1/hit-rates", minutes=60)["cluster"]["recent"]
+        return found
+
+    # Reports of what other tests asked may have been under way, and be what came just now.
+    wait_for(lambda: recent()["achievable_alone"] < recent()["achievable"])
     answer = get(controller.url, "/api/v1/hit-rates", minutes=60)
     by_name = {one["instance_id"]: one["recent"] for one in answer["instances"]}
     assert set(by_name) == {"holder", "reader"}
     cluster = answer["cluster"]["recent"]
     assert 0.0 < cluster["achieved"] < cluster["achievable"] < 1.0
-    assert cluster["achievable_alone"] < cluster["achievable"]
     assert cluster["achievable_error"] == 0.0, "so few keys are all in the sample"
     metrics = httpx.get(f"{controller.url}/metrics").text
     assert "kvmesh_controller_achievable_hit_rate 0." in metrics

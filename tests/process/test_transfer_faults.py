@@ -215,7 +215,11 @@ def test_slots_reused_all_the_time_never_give_wrong_bytes(setup):
     holder = setup.holder()
     fetcher = setup.fetcher(holder)
     holder.tell("churn", 8)
-    seen = [reason for _ in range(12) for reason in fetcher.fetch(24)]
+    seen: list[MissReason | None] = []
+    for tries in range(2000):  # how many find a slot at rest is up to the machine
+        seen += fetcher.fetch(24)
+        if tries >= 12 and None in seen:
+            break
     assert set(seen) <= {None, MissReason.STALE, MissReason.EVICTED, MissReason.TRUNCATED}
     assert None in seen
 

@@ -91,6 +91,10 @@ def test_slots_reused_all_the_time_never_give_wrong_bytes(holder):
     """The holder's owner rewrites slots as fast as it can, with the same chunks and others, while we fetch."""
     with fetching(holder) as fetcher:
         holder.tell("churn", 8)
-        seen = [reason for _ in range(40) for reason in fetcher.fetch()]
+        seen: list[MissReason | None] = []
+        for tries in range(2000):  # how many find a slot at rest is up to the machine
+            seen += fetcher.fetch()
+            if tries >= 40 and None in seen:
+                break
     assert set(seen) <= {None, MissReason.STALE, MissReason.EVICTED, MissReason.TRUNCATED}
     assert None in seen
