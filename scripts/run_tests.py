@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".test-results"
 STAGES = ("unit", "fuzz", "contract", "process", "browser", "chart", "e2e")
+PARALLEL = {"unit", "fuzz"}
+"""Stages whose tests share nothing, not even the machine's time: one process per core."""
 NO_TESTS = 5  # pytest's exit status
 
 
@@ -38,7 +40,8 @@ def run_stage(stage: str, options: list[str]) -> Outcome:
     print(f"\n== {stage} tests", flush=True)
     report = RESULTS / f"{stage}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"tests/{stage}", f"--junitxml={report}", *options]
+    spread = ["-n", "auto", "--dist", "worksteal"] if stage in PARALLEL else []
+    command = [sys.executable, "-m", "pytest", f"tests/{stage}", f"--junitxml={report}", *spread, *options]
     start = time.monotonic()
     status = subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode
     seconds = time.monotonic() - start
