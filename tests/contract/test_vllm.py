@@ -116,7 +116,7 @@ ATTRIBUTES = {
         "CanonicalKVCacheRef": "tensor_idx",
         "GPULoadStoreSpec": "block_ids group_sizes block_indices",
         "LookupResult": "HIT MISS",
-        "ReqContext": "req_id _offload_key_positions",
+        "ReqContext": "req_id _offload_key_positions get_offload_key_position",
     },
     f"{OFFLOAD}.config": {
         "OffloadingConfig": "model groups cache parallel canonical_layout kv_cache_layout extra_config",
@@ -128,8 +128,8 @@ ATTRIBUTES = {
     },
     f"{OFFLOAD}.cpu.common": {"CPULoadStoreSpec": "chunk_ids"},
     f"{OFFLOAD}.cpu.manager": {"CPUOffloadingManager": "_policy _num_chunks _num_evictable_cache_chunks events medium"},
-    f"{OFFLOAD}.cpu.policies.lru": {"LRUCachePolicy": "chunks _ranks"},
-    f"{OFFLOAD}.cpu.policies.arc": {"ARCCachePolicy": "t1 t2"},
+    f"{OFFLOAD}.cpu.policies.lru": {"LRUCachePolicy": ""},
+    f"{OFFLOAD}.cpu.policies.arc": {"ARCCachePolicy": ""},
     "vllm.v1.engine": {"EngineCoreRequestType": "WAKEUP"},
     "vllm.v1.engine.core": {"EngineCoreProc": "input_queue request_block_hasher"},
     f"{OFFLOAD}.cpu.policies.base": {"ChunkStatus": "_fields_"},
@@ -158,7 +158,7 @@ HOOKS = {
     ),
     ("kvmesh.vllm.policy", "_Publishing"): (
         (f"{OFFLOAD}.cpu.policies.base", "CachePolicy"),
-        "insert remove evict clear",
+        "insert touch remove evict clear",
     ),
     ("kvmesh.vllm.tier", "PeerTier"): (
         (f"{OFFLOAD}.tiering.base", "SecondaryTierManager"),
@@ -167,7 +167,7 @@ HOOKS = {
     ),
 }
 
-LEFT_TO_MIXED_IN_POLICY = {"get", "touch"}
+LEFT_TO_MIXED_IN_POLICY = {"get"}
 """Abstract methods that `_Publishing` leaves to the policy that it is mixed into."""
 
 # -- the checks --------------------------------------------------------------------------------------------------------

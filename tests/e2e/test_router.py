@@ -100,17 +100,20 @@ def test_an_engine_killed_in_a_stream(pair: Pair, tmp_path: Path) -> None:
     requests do not notice.
     """
     with routed(pair, tmp_path, "roundrobin") as router, contextlib.ExitStack() as stack:
-        body = {"model": "model", "max_tokens": 1500, "min_tokens": 1500, "stream": True, "temperature": 0}
-        streams = []
-        for seed in (3, 4):  # in turns: one for each instance
-            request = {**body, "prompt": words(20, seed)}
-            answer = stack.enter_context(
-                httpx.stream("POST", f"{router.url}/v1/completions", json=request, timeout=300)
-            )
-            streams.append(answer.iter_lines())
-            assert next(streams[-1]).startswith("data: {")
-        pair.first.kill_group()
-        ended, whole = sorted((list(lines) for lines in streams), key=lambda lines: "data: [DONE]" in lines)
+
+        def stream(seed: int, tokens: int) -> Iterator[str]:
+            body = {"model": "model", "max_tokens": tokens, "min_tokens": tokens, "stream": True, "temperature": 0}
+            url = f"{router.url}/v1/completions"
+            request = httpx.stream("POST", url, json={**body, "prompt": words(20, seed)}, timeout=300)
+            return stack.enter_context(request).iter_lines()
+
+        long = stream(3, 3900)
+        assert next(long).startswith("data: {")
+        [at] = [name for name, count in assigned(router).items() if count]
+        short = stream(4, 300)
+        [victim] = [one for one in (pair.first, pair.second) if one.config["lmcache_instance_id"] == at]
+        victim.kill_group()
+        ended, whole = list(long), list(short)
         error = json.loads(next(line for line in reversed(ended) if line.startswith("data: ")).removeprefix("data: "))
         assert error["error"]["code"] == "backend_failed"
         assert "data: [DONE]" not in ended

@@ -61,8 +61,9 @@ def test_life_of_the_pods(stack: Stack) -> None:
         stack.act("upgrade", "vllm", CHART, "-f", SEED, *FAST, "--set", "kvmeshSpec.chunkTokens=512")
         cluster.wait("rollout", lambda: not before & set(cluster.pods), READY_S)
         cluster.wait_ready(READY_S)
+        now = {pod.name for pod in stack.engines}
+        cluster.wait("answers of all new engines", lambda: now <= answers.by, READY_S)
     assert answers.failures == []
-    assert {pod.name for pod in stack.engines} <= answers.by
     assert cluster.most_pods["vllm-mistral-1-deployment-vllm"] == 2
     gone = [pod for pod in cluster.gone if pod.name in before]
     assert len(gone) == 4

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvmesh.bench.cluster import free_ports
 from kvmesh.bench.stand_in import make_key, stand_in_format
 from kvmesh.config import KVMeshConfig
 from kvmesh.config.redis_url import parse_redis_target
@@ -21,7 +22,6 @@ from support.keys import KEY_TEXT, OTHER_KEY_TEXT, Authority, needs_openssl
 from support.light_nodes import LightNode, eventually, joined
 from support.redis_servers import (
     RedisServer,
-    free_port,
     needs_redis,
     running_redis,
     running_redis_cluster,
@@ -327,7 +327,7 @@ async def test_tls_password_and_sentinels(tmp_path: Path) -> None:
     (tmp_path / "tls").mkdir()
     files = Authority(tmp_path / "tls").issue("redis")
     other = Authority(tmp_path / "tls", "other-ca")
-    port = free_port()
+    [port] = free_ports(1)
     tls = ("--tls-port", str(port), "--tls-cert-file", files.cert_file, "--tls-key-file", files.key_file)
     secret = tmp_path / "password"
     secret.write_text("open sesame\n")

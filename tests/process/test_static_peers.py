@@ -12,12 +12,11 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from kvmesh.bench.cluster import wait_healthy
+from kvmesh.bench.cluster import free_ports, wait_healthy
 from kvmesh.bench.stand_in import StandInEngine, make_key, stand_in_format
 from kvmesh.config import KVMeshConfig
 from process.controller_nodes import wait_for
 from support.keys import KEY_TEXT, OTHER_KEY_TEXT
-from support.redis_servers import free_port
 from support.stand_ins import CHUNK_BYTES, make_config, running_controller, running_engine
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
@@ -40,7 +39,7 @@ def problem_of(engine: StandInEngine) -> str:
 @contextlib.contextmanager
 def static_pair() -> Iterator[tuple[StandInEngine, StandInEngine]]:
     """Only the second knows of the first, by a list that has itself on it, too."""
-    one, two = free_port(), free_port()
+    one, two = free_ports(2)
     with (
         running_engine(static_config("one", one, one)) as first,
         running_engine(static_config("two", two, one, two)) as second,
@@ -73,7 +72,7 @@ def test_nodes_on_a_list_share_and_heal() -> None:
 
 def test_reasons_are_named() -> None:
     """A peer that is away, of another format, with another key, or with our id: each is said."""
-    here, away, other, keyed, twin = (free_port() for _ in range(5))
+    here, away, other, keyed, twin = free_ports(5)
     secret = {"cluster_key": SecretStr(KEY_TEXT)}
     with (
         running_engine(static_config("here", here, away, other, keyed, twin, **secret)) as engine,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -15,21 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from kvmesh.bench.cluster import free_ports
+
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
 needs_redis = pytest.mark.skipif(SERVER is None, reason="no redis-server or valkey-server installed")
-
-
-def free_port() -> int:
-    """A port that nobody has bound now. Below those that the system gives to connections, so that none of them takes it
-    meanwhile; and a Redis Cluster's bus is 10,000 above.
-    """
-    for _ in range(200):
-        port = random.randrange(10_000, 22_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port from 10,000 to 22,000")
 
 
 class RedisServer:
@@ -40,7 +29,7 @@ class RedisServer:
     ) -> None:
         """`config`: make it a Sentinel with this file."""
         self.folder = folder
-        self.port = port or free_port()
+        self.port = port or free_ports(1)[0]
         self.password = password
         self._options = options
         self._config = config

@@ -7,8 +7,10 @@ own log file and is ended by its own process id.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -28,6 +30,11 @@ HOST = "127.0.0.1"
 BOOT_TIMEOUT_S = 900.0
 """vLLM on a loaded machine of two cores takes minutes."""
 STOP_TIMEOUT_S = 15.0
+PORTS = range(10_000, 20_000)
+"""Below those that the system gives to outgoing connections: a server may bind its port a minute after it was chosen.
+The bus of a Redis Cluster is 10,000 above.
+"""
+_candidates = itertools.cycle(random.sample(PORTS, len(PORTS)))
 IDLE_WINDOW_S = 0.3
 IDLE_SHARE = 0.15
 """Of a core: what a server that has nothing to do may use (CPU times come in steps of 10 ms)."""
@@ -36,14 +43,16 @@ Say = Callable[[str], None]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody has bound at this moment."""
-    sockets = []
-    with contextlib.ExitStack() as stack:
-        for _ in range(count):
-            one = stack.enter_context(socket.socket())
-            one.bind((HOST, 0))
-            sockets.append(one.getsockname()[1])
-    return sockets
+    """Ports that nobody has bound at this moment, no port twice in one process."""
+    ports: list[int] = []
+    for _ in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            port = next(_candidates)
+            probe.bind((HOST, port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise StartupError("free ports", expected=f"{count} from {PORTS.start} to {PORTS.stop}", found=str(len(ports)))
 
 
 @dataclass

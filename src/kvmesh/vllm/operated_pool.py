@@ -51,7 +51,6 @@ class VllmPool:
         return self._policy.all_keys()
 
     def hottest(self, limit: int) -> list[bytes]:
-        """Sorts all keys: some 10 ms with 100,000 chunks, when an operator asks for it."""
         return self._policy.most_recent(limit)
 
     def state(self, key: bytes) -> SlotState:

@@ -8,17 +8,15 @@ copy in the cluster has to be computed again.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, Protocol
 
 from kvmesh.core.ledger import SlotLedger
-from kvmesh.vllm.compat import ARCCachePolicy, CachePolicy, ChunkStatus, LRUCachePolicy, OffloadKey
+from kvmesh.vllm.compat import ARCCachePolicy, CachePolicy, ChunkStatus, LRUCachePolicy, OffloadKey, ReqContext
 
 Retracted = Callable[[list[int]], None]
-IsElsewhere = Callable[[bytes], bool]
 
 LOOKS = 4096
 """Chunks that are looked at for others' copies in one eviction, in about a millisecond. In a pool of up to so many no
@@ -27,26 +25,33 @@ instances that evict their copies at the same moment do not know of each other.
 """
 
 
+class PeerChunks(Protocol):
+    """What other instances hold; asked on the scheduler thread, often, and must be quick."""
+
+    def is_visible(self, key: bytes) -> bool: ...
+
+    def visible_count(self) -> int: ...
+
+
 class _Publishing(CachePolicy):
     """Mix-in before one of vLLM's policies. Until `attach` nothing is published, so there is nothing to retract."""
 
     _ledger: SlotLedger | None = None
     _on_retract: Retracted | None = None
-    _is_elsewhere: IsElsewhere | None = None
+    _peers: PeerChunks | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._by_use: OrderedDict[OffloadKey, None] = OrderedDict()
         """The keys of the pool, least recently used first; how vLLM orders them differs between its versions."""
 
-    def attach(self, ledger: SlotLedger, on_retract: Retracted, is_elsewhere: IsElsewhere | None = None) -> None:
-        """From now on retract evicted slots in `ledger` and report those that had been published.
-
-        `is_elsewhere` says whether another instance holds a chunk, too; it is asked often and must be quick.
+    def attach(self, ledger: SlotLedger, on_retract: Retracted, peers: PeerChunks | None = None) -> None:
+        """From now on retract evicted slots in `ledger` and report those that had been published; prefer what
+        `peers` hold, too.
         """
         self._ledger = ledger
         self._on_retract = on_retract
-        self._is_elsewhere = is_elsewhere
+        self._peers = peers
 
     def insert(self, key: OffloadKey, chunk: ChunkStatus, *context: Any) -> None:
         # vLLM 0.33 passes a request context too.
@@ -57,7 +62,18 @@ class _Publishing(CachePolicy):
     def touch(self, keys: Iterable[OffloadKey], *context: Any) -> None:
         keys = list(keys)
         super().touch(keys, *context)
-        for key in reversed(keys):  # the first chunks of a prefix are the most useful ones
+        self._used(keys)
+
+    def on_request_finished(self, key_groups: Sequence[Sequence[OffloadKey]], *rest: Any) -> None:
+        # Since vLLM 0.32 a request's chunks count as used when it ends.
+        super().on_request_finished(key_groups, *rest)
+        context: ReqContext = rest[-1]
+        keys = [key for group in key_groups for key in group]
+        self._used(sorted(keys, key=lambda key: context.get_offload_key_position(key) or 0))
+
+    def _used(self, head_to_tail: Sequence[OffloadKey]) -> None:
+        """The first chunks of a prefix are the most useful ones: they count as used last."""
+        for key in reversed(head_to_tail):
             if key in self._by_use:
                 self._by_use.move_to_end(key)
 
@@ -85,11 +101,12 @@ class _Publishing(CachePolicy):
 
     def all_keys(self) -> list[bytes]:
         """Every key with a slot."""
-        raise NotImplementedError
+        return list(self._by_use)
 
     def most_recent(self, limit: int) -> list[bytes]:
         """Keys of complete chunks, most recently used first."""
-        raise NotImplementedError
+        chunks = ((key, self.get(key)) for key in reversed(self._by_use))
+        return list(islice((key for key, chunk in chunks if chunk is not None and chunk.is_ready), limit))
 
     def remove_all(self, keys: list[OffloadKey]) -> list[ChunkStatus]:
         """As `remove` for each, but told in one go; returns their slots. All of them are here."""
@@ -102,14 +119,14 @@ class _Publishing(CachePolicy):
 
     def _replicated(self, n: int, protected: set[OffloadKey]) -> list[tuple[OffloadKey, ChunkStatus]]:
         """Up to n chunks that may go and that others hold, too, the least recently used first."""
-        is_elsewhere = self._is_elsewhere
+        peers = self._peers
         found: list[tuple[OffloadKey, ChunkStatus]] = []
-        if is_elsewhere is None:
+        if peers is None or not peers.visible_count():
             return found
         for key in islice(self._by_use, LOOKS):
             if len(found) == n:
                 break
-            if is_elsewhere(key) and key not in protected:
+            if peers.is_visible(key) and key not in protected:
                 chunk = self.get(key)
                 if chunk is not None and chunk.ref_cnt == 0:
                     found.append((key, chunk))
@@ -135,24 +152,9 @@ class _Publishing(CachePolicy):
 class KVMeshLRU(_Publishing, LRUCachePolicy):
     """vLLM's least-recently-used policy, telling the ledger."""
 
-    def all_keys(self) -> list[bytes]:
-        return list(self.chunks)
-
-    def most_recent(self, limit: int) -> list[bytes]:
-        ready = (key for key, chunk in self.chunks.items() if chunk.is_ready)
-        return heapq.nlargest(limit, ready, key=self._ranks.__getitem__)
-
 
 class KVMeshARC(_Publishing, ARCCachePolicy):
     """vLLM's adaptive replacement cache, telling the ledger."""
-
-    def all_keys(self) -> list[bytes]:
-        return [*self.t1, *self.t2]
-
-    def most_recent(self, limit: int) -> list[bytes]:
-        """Those used more than once come first."""
-        newest_first = chain(reversed(self.t2.items()), reversed(self.t1.items()))
-        return list(islice((key for key, chunk in newest_first if chunk.is_ready), limit))
 
 
 POLICIES = {"lru": KVMeshLRU.__name__, "arc": KVMeshARC.__name__}

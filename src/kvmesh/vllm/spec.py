@@ -37,7 +37,7 @@ class KVMeshSpec(TieringOffloadingSpec):
             policy = manager.primary_tier._policy  # noqa: SLF001 - there is no other way to it
             for tier in manager.secondary_tiers:
                 if isinstance(tier, PeerTier) and isinstance(policy, _Publishing):
-                    policy.attach(tier.ledger, tier.on_retract, tier.node.is_visible)
+                    policy.attach(tier.ledger, tier.on_retract, tier.node)
                     tier.attach(manager, policy)
         return manager
 

@@ -19,6 +19,13 @@ SLOTS = 5
 KEYS = st.lists(st.integers(0, 11).map(offload_key), min_size=1, max_size=SLOTS, unique=True)
 
 
+class Elsewhere(set):
+    """Keys that others hold."""
+
+    is_visible = set.__contains__
+    visible_count = set.__len__
+
+
 class PolicyMachine(RuleBasedStateMachine):
     """vLLM's manager stores, loads, fails and resets in any order; the tier's part (publishing) is played here."""
 
@@ -32,8 +39,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy = self.manager._policy
         self.ledger = SlotLedger.create(SLOTS, 4096)
         self.reported: list[int] = []
-        self.elsewhere: set[bytes] = set()
-        self.policy.attach(self.ledger, self.reported.extend, self.elsewhere.__contains__)
+        self.elsewhere = Elsewhere()
+        self.policy.attach(self.ledger, self.reported.extend, self.elsewhere)
         self.expected: dict[int, tuple[bytes, int]] = {}
         """What must be readable: key and generation by slot."""
         self.resets = self.requests = 0
@@ -111,8 +118,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(keys=KEYS)
     def others_store_and_evict(self, keys):
-        self.elsewhere ^= set(keys)
-        self.policy._is_elsewhere = self.elsewhere.__contains__
+        self.elsewhere.symmetric_difference_update(keys)
 
     @precondition(lambda self: self.expected)
     @rule()
@@ -195,8 +201,7 @@ def test_a_chunk_that_is_taken_out_by_name_is_retracted(policy_class):
 def filled(policy_class, count, elsewhere=(), busy=()):
     """A policy with idle chunks 0 to count, the first of them not used for longest."""
     policy, ledger = policy_class(count), SlotLedger.create(count, 4096)
-    keys = {offload_key(number) for number in elsewhere}
-    policy.attach(ledger, lambda slots: None, keys.__contains__)
+    policy.attach(ledger, lambda slots: None, Elsewhere(offload_key(number) for number in elsewhere))
     for number in range(count):
         chunk = ChunkStatus(number)
         chunk.ref_cnt = int(number in busy)
@@ -237,6 +242,32 @@ def test_of_what_others_hold_the_least_recently_used_goes(policy_class):
     policy, ledger = filled(policy_class, 3, elsewhere=(0, 1, 2))
     policy.touch([offload_key(0)], ReqContext("r"))
     assert evicted(policy, 2) == [1, 2]
+    ledger.close()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_request_that_finishes_makes_its_chunks_the_most_recent(name):
+    """The manager says so when a request ends; the first chunks of its prefix are kept longest."""
+    keys = [offload_key(number) for number in range(4)]
+    manager = CPUOffloadingManager(4, POLICIES[name], "kvmesh.vllm.policy")
+    policy = manager._policy
+    ledger = SlotLedger.create(4, 4096)
+    policy.attach(ledger, lambda slots: None, Elsewhere(keys))
+
+    def request(*head_to_tail) -> ReqContext:
+        context = ReqContext(f"r{len(head_to_tail)}")
+        for position, key in enumerate(head_to_tail):
+            context.set_offload_key_position(key, position + 1)
+        return context
+
+    first, second = request(*keys), request(*keys[:2])
+    manager.complete_store(manager.prepare_store(keys, first).keys_to_store, first)
+    manager.on_request_finished(first)
+    manager.prepare_load(keys[:2], second)
+    manager.complete_load(keys[:2], second)
+    manager.on_request_finished(second)
+    assert policy.most_recent(4) == [keys[0], keys[1], keys[2], keys[3]]
+    assert [key for key, _ in policy.evict(3, set())] == [keys[3], keys[2], keys[1]]
     ledger.close()
 
 
