@@ -20,8 +20,9 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import ConfigError
 from kvmesh.node.engine_link import EngineLink
-from kvmesh.node.handle import NodeHandle, NodeState, _Job
+from kvmesh.node.handle import NodeHandle, _Job
 from kvmesh.node.process import Node
+from kvmesh.node.state import NodeState
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
 from support.stand_ins import make_config
@@ -74,7 +75,7 @@ def test_a_node_that_says_anything(memory: tuple[HostPool, SlotLedger], stream: 
     handle = NodeHandle(KVMeshConfig().to_wire(), stand_in_format(CHUNK_BYTES), ledger, pool.segments)
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        handle._socket, handle._state = ours, NodeState(True, False, False, 0)
+        handle._child.connection, handle._state = ours, NodeState(True, False, False, 0)
         handle._jobs[1] = _Job(1, 0.0, float("inf"))
         theirs.sendall(stream)
         theirs.shutdown(socket.SHUT_WR)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmesh.config.model import CONTROLLER_URLS, PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, TLS_KEYS, KVMeshConfig
+from kvmesh.config.model import CONTROLLER_URLS, PEER_LOCATIONS, POOL_LOCATIONS, PORT_KEYS, TLS_KEYS
+from kvmesh.config.resolved import KVMeshConfig
 from kvmesh.config.values import is_loopback, is_wildcard, parse_host_port, show
 from kvmesh.errors import ConfigProblem
 

@@ -13,7 +13,7 @@ from kvmesh.config.values import show
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvmesh.config.model import KVMeshConfig
+    from kvmesh.config.resolved import KVMeshConfig
 
 LMCACHE_KEYS: Mapping[str, tuple[str, ...]] = {
     "other storage behind or beside the pool": (

@@ -17,7 +17,8 @@ from pydantic import SecretStr, ValidationError
 from kvmesh.config.cluster_key import find_cluster_key
 from kvmesh.config.combinations import check_combinations
 from kvmesh.config.foreign import VLLM_KEYS, contradictions, is_lmcache_key, lmcache_warning
-from kvmesh.config.model import KEYS, OWN_NAMES, PORT_KEYS, KVMeshConfig
+from kvmesh.config.model import KEYS, OWN_NAMES, PORT_KEYS
+from kvmesh.config.resolved import KVMeshConfig
 from kvmesh.config.sources import (
     CONFIG_FILE_VARIABLES,
     NESTED_KEY,

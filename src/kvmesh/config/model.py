@@ -1,34 +1,16 @@
-"""Every key of the configuration, with its type, default, aliases and meaning: `KVMeshConfig`.
-
-`load_config` makes the object and checks what does not go together; constructing it directly checks single values only,
-which is what tests, benchmarks and a node without a directory need.
-"""
+"""Every key of the configuration, with its type, default, aliases, meaning and allowed values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from kvmesh.config.keys import ConfigRow, KeyInfo, key, read_key
-from kvmesh.config.ranks import ports_for_rank
+from kvmesh.config.keys import KeyInfo, key, read_key
 from kvmesh.config.redis_url import parse_redis_url
-from kvmesh.config.tls import TlsFiles
-from kvmesh.config.values import PORT_MAX, mask_secrets, parse_host, parse_host_port, parse_tcp_url, split_list
-from kvmesh.core.gate import Objective, Policy
-from kvmesh.errors import ConfigError, ConfigProblem
+from kvmesh.config.values import PORT_MAX, parse_host, parse_host_port, parse_tcp_url, split_list
 
-DirectoryKind = Literal["controller", "redis", "static", "none"]
 TransferChannel = Literal["auto", "tcp", "shm", "nixl"]
 CachePolicyName = Literal["lru", "arc"]
 IndexMode = Literal["replica", "query", "auto"]
@@ -49,8 +31,6 @@ POOL_LOCATIONS = frozenset({"localcpubackend", "pool"})
 
 ID_MAX_CHARACTERS = 128
 _ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]*$"
-_GIB = 1024**3
-
 
 _BOOL = "true or false"
 _PORT = f"a port from 0 to {PORT_MAX} (0: any free one), or a list of them, one per data-parallel rank"
@@ -59,16 +39,8 @@ _TCP_URLS = f"{_TCP_URL}, or several of them"
 _SECONDS = "a number of seconds above 0"
 
 
-class ControllerUrls(NamedTuple):
-    """The sockets of one controller."""
-
-    pull: str
-    reply: str
-    heartbeat: str | None
-
-
-class KVMeshConfig(BaseModel):
-    """The resolved configuration of one instance: engine and node. Immutable; safe to share between threads."""
+class DeclaredKeys(BaseModel):
+    """What a person can set, with checks of single values. `KVMeshConfig` is what the program works with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -348,18 +320,6 @@ class KVMeshConfig(BaseModel):
 
     log_level: LogLevel = key("info", "How much engine side and node log.", allowed="debug, info, warning or error")
 
-    # Not keys: how this object came about
-    cluster_key: SecretStr | None = None
-    """The text of the cluster key, from `cluster_key_file` or the environment."""
-    port_lists: Mapping[str, tuple[Port, ...]] = {}
-    """Ports per data-parallel rank, for each port key that was given as a list; the key itself holds the first."""
-    data_parallel_rank: int | None = None
-    """Set by `for_data_parallel_rank`."""
-    warnings: tuple[str, ...] = ()
-    """What a person should know but need not stop for. To be logged once, by whoever loaded the configuration."""
-    sources: Mapping[str, str] = Field(default={}, repr=False)
-    """Where each key's value came from: "file:line", "env NAME", "extra". A key that is missing has its default."""
-
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
@@ -403,7 +363,7 @@ class KVMeshConfig(BaseModel):
     @field_validator(*CONTROLLER_URLS)
     @classmethod
     def _tcp_urls(cls, value: str | None) -> str | None:
-        return None if value is None else ",".join(parse_tcp_url(url) for url in _split_urls(value))
+        return None if value is None else ",".join(parse_tcp_url(url) for url in split_urls(value))
 
     @field_validator("lookup_url")
     @classmethod
@@ -415,106 +375,6 @@ class KVMeshConfig(BaseModel):
     def _peers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(parse_tcp_url(peer) for peer in value))
 
-    @field_serializer("cluster_key", when_used="json")
-    def _tell_child_process(self, value: SecretStr | None) -> str | None:
-        return None if value is None else value.get_secret_value()
-
-    @property
-    def tls(self) -> TlsFiles | None:
-        """The files for TLS between peers; None without TLS."""
-        if self.tls_cert_file is None or self.tls_key_file is None or self.tls_ca_file is None:
-            return None
-        return TlsFiles(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
-
-    @property
-    def pool_size_bytes(self) -> int:
-        """Size of the host pool in bytes; 0 when it is off."""
-        return int(self.pool_size_gb * _GIB) if self.pool_enabled else 0
-
-    @property
-    def directory(self) -> DirectoryKind:
-        """Which directory tells us who holds what; "none" when sharing is off too."""
-        if not self.share:
-            return "none"
-        if self.enable_controller:
-            return "controller"
-        if self.lookup_url is not None:
-            return "redis"
-        return "static" if self.static_peers else "none"
-
-    @property
-    def controllers(self) -> list[ControllerUrls]:
-        """The controllers to join, all of them."""
-        pull, reply, heartbeat = (_split_urls(getattr(self, key) or "") for key in CONTROLLER_URLS)
-        beats = [*heartbeat, *(None for _ in pull)]
-        return [ControllerUrls(*urls) for urls in zip(pull, reply, beats, strict=False)]  # as many: check_combinations
-
-    @property
-    def fetches(self) -> bool:
-        """Whether this instance pulls from peers. It publishes whenever `share` is on."""
-        locations = {location.lower() for location in self.retrieve_locations}
-        return self.share and (not locations or not PEER_LOCATIONS.isdisjoint(locations))
-
-    @property
-    def gate_policy(self) -> Policy:
-        """How the gate between fetching and computing is set."""
-        return Policy(Objective(self.fetch_gate), self.fetch_gate_margin)
-
-    def for_data_parallel_rank(self, rank: int, data_parallel_size: int | None = None) -> KVMeshConfig:
-        """The configuration of one data-parallel rank, which is an instance of its own.
-
-        The id gets `-dp{rank}` as suffix (one that is to be made up later stays None). A port that was given as a list
-        is taken from there by rank; another is offset by the rank, except 0 (any free port).
-
-        Args:
-            rank: this engine's data-parallel rank, from 0.
-            data_parallel_size: how many ranks there are; 1 changes nothing. None: more than one.
-
-        Raises:
-            ConfigError: a list is too short, or ports of two ranks would meet.
-        """
-        if data_parallel_size == 1 and rank == 0:
-            return self
-        if self.data_parallel_rank is not None or rank < 0:
-            raise ValueError(f"rank {rank} of a configuration that is for rank {self.data_parallel_rank} already")
-        ports: dict[str, int | None] = {name: getattr(self, name) for name in PORT_KEYS}
-        changed: dict[str, object] = {
-            **ports_for_rank(ports, self.port_lists, self.sources, rank),
-            "port_lists": {},
-            "data_parallel_rank": rank,
-        }
-        if self.instance_id is not None:
-            changed["instance_id"] = name = f"{self.instance_id}-dp{rank}"
-            if len(name) > ID_MAX_CHARACTERS:
-                expected = f"at most {ID_MAX_CHARACTERS} characters with the suffix of the rank"
-                raise ConfigError(
-                    [ConfigProblem("instance_id", self.sources.get("instance_id", ""), expected, repr(name))]
-                )
-        return self.model_copy(update=changed)
-
-    def to_wire(self) -> bytes:
-        """The whole object as JSON, for handing it to a child process. Holds secrets: a pipe, never argv or a log."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_wire(cls, data: bytes) -> KVMeshConfig:
-        """The inverse of `to_wire`. Raises ConfigError on anything else."""
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            problems = [
-                ConfigProblem(".".join(map(str, item["loc"])) or "wire form", "wire", "what to_wire made", item["msg"])
-                for item in error.errors(include_url=False, include_input=False)
-            ]
-            raise ConfigError(problems) from None
-
-    def describe(self) -> list[ConfigRow]:
-        """Every key with value, source and meaning, in the order of the documentation, passwords masked."""
-        return [
-            ConfigRow(name, _plain(getattr(self, name)), self.sources.get(name, "default"), info.meaning)
-            for name, info in KEYS.items()
-        ]
-
 
 def _host_and_port(data: Mapping[str, object]) -> tuple[str, int]:
     """Where the node binds unless told: where `distributed_url` says, else on loopback on any free port."""
@@ -522,22 +382,14 @@ def _host_and_port(data: Mapping[str, object]) -> tuple[str, int]:
     return parse_host_port(url.removeprefix("tcp://")) if isinstance(url, str) else ("127.0.0.1", 0)
 
 
-def _split_urls(value: str) -> list[str]:
+def split_urls(value: str) -> list[str]:
     """The addresses in a value, in order."""
     found = split_list(value)
     return [str(url) for url in found] if isinstance(found, list) else []
 
 
-def _plain(value: object) -> str | int | float | bool | list[str] | None:
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, tuple):
-        return [mask_secrets(str(item)) for item in value]
-    return mask_secrets(str(value))
-
-
 KEYS: Mapping[str, KeyInfo] = {
-    name: info for name, field in KVMeshConfig.model_fields.items() if (info := read_key(name, field)) is not None
+    name: info for name, field in DeclaredKeys.model_fields.items() if (info := read_key(name, field)) is not None
 }
 """Every key by its own name, in the order of the documentation."""
 

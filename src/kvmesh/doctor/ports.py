@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import psutil
 
-from kvmesh.config.model import PORT_KEYS, KVMeshConfig
+from kvmesh.config import KVMeshConfig
+from kvmesh.config.model import PORT_KEYS
 from kvmesh.config.values import format_host_port
 from kvmesh.doctor.findings import INSTANCE, Finding, ok, problem, skipped
 from kvmesh.doctor.situation import Situation

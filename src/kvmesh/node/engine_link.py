@@ -15,7 +15,8 @@ from kvmesh.core.gate import Saved
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import KVMeshError
-from kvmesh.node.process import DirectoryState, Node, NodeListener
+from kvmesh.node.listener import NodeListener
+from kvmesh.node.process import Node
 from kvmesh.transfer.pool import HostPool, PoolSegment
 from kvmesh.wire import link
 from kvmesh.wire.control import ControlError
@@ -44,7 +45,7 @@ class EngineLink(NodeListener):
         self._others: set[asyncio.Task[None]] = set()
         self._behind = False
         """Changes were dropped; `_catch_up` waits until the engine reads again."""
-        self._untold: DirectoryState | None = None
+        self._untold: link.Directory | None = None
         self._key_number = 0
         self._key_makers: dict[int, asyncio.Future[link.KeysMade]] = {}
         """Who waits for keys; at most as many as questions are answered at a time."""
@@ -186,11 +187,11 @@ class EngineLink(NodeListener):
             return  # the whole set follows
         self._tell_visible(appeared, vanished)
 
-    def on_directory(self, state: DirectoryState) -> None:
+    def on_directory(self, state: link.Directory) -> None:
         if self._is_behind():
             self._untold = state
             return
-        self._send(self._directory(state))
+        self._send(state)
 
     def on_visible_reset(self, keys: list[ChunkKey]) -> None:
         if self._is_behind():
@@ -215,10 +216,6 @@ class EngineLink(NodeListener):
         if answer.error:
             raise ControlError("no_keys", answer.error)
         return answer.keys
-
-    @staticmethod
-    def _directory(state: DirectoryState) -> link.Directory:
-        return link.Directory(state.connected, state.ever_connected, state.peers, state.sharing, state.asks)
 
     def on_rates(self, rates: link.Rates) -> None:
         if not self._is_behind():
@@ -253,7 +250,7 @@ class EngineLink(NodeListener):
         self._tell_visible(node.visible_keys(), [])
         if self._untold is not None:
             state, self._untold = self._untold, None
-            self._send(self._directory(state))
+            self._send(state)
 
     def _close(self) -> None:
         if self._writer is not None:

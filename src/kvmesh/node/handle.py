@@ -15,9 +15,6 @@ import logging
 import os
 import queue
 import select
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -30,16 +27,16 @@ from kvmesh.core.format import Format
 from kvmesh.core.gate import Rate, Saved, Source
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
-from kvmesh.errors import StartupError
 from kvmesh.node.asked import AskedKeys
+from kvmesh.node.child import NodeProcess
+from kvmesh.node.state import DOWN, NodeState
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.wire import link
-from kvmesh.wire.framing import LENGTH_BYTES, FrameBuffer, pack_frame, parse_length
+from kvmesh.wire.framing import FrameBuffer, pack_frame
 from kvmesh.wire.operations import Report, RunState, Sharing
 
 log = logging.getLogger("kvmesh.handle")
 
-START_TIMEOUT_S = 60.0
 GRACE_S = 2.0
 """How long past its deadline a job may be out before the node is killed."""
 DEAF_S = 10.0
@@ -70,35 +67,10 @@ class FinishedJob(NamedTuple):
     """What the node's gate said; None when it had nothing to decide."""
 
 
-class NodeState(NamedTuple):
-    """What is known of the node and its directory, for miss reasons and status."""
-
-    alive: bool
-    directory_connected: bool
-    directory_ever_connected: bool
-    peers: int
-    sharing: Sharing = Sharing.ON
-    asks: bool = False
-    """The node asks the directory for each request (`NodeHandle.ask`) instead of knowing everything."""
-
-    def why_invisible(self) -> MissReason:
-        """Why a chunk that no other instance is known to hold is not known of."""
-        if not self.alive:
-            return MissReason.NODE_DOWN
-        if self.sharing is not Sharing.ON:
-            return MissReason.DRAINING
-        if not self.directory_connected:
-            return MissReason.NO_DIRECTORY
-        return MissReason.NOT_PUBLISHED if self.peers else MissReason.NO_PEERS
-
-
 class _Job(NamedTuple):
     chunks: int
     started_s: float
     give_up_s: float
-
-
-_DOWN = NodeState(False, False, False, 0)
 
 
 class NodeHandle:
@@ -122,15 +94,13 @@ class NodeHandle:
             segments=self._segments,
             engine_pid=os.getpid(),
         )
-        self._log_level = log_level
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._child = NodeProcess(log_level)
         self._visible: set[bytes] = set()
         self._asked = AskedKeys()
         self._fastest: Source | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for a few assignments at a time, never across I/O."""
-        self._state = _DOWN
+        self._state = DOWN
         self._life = 0
         """Number of nodes lost so far. A message meant for an earlier node is never sent to a later one."""
         self._jobs: dict[int, _Job] = {}
@@ -142,8 +112,6 @@ class NodeHandle:
         self.lost_records = 0
         self._outgoing: queue.SimpleQueue[tuple[int, link.Message] | None] = queue.SimpleQueue()
         self._sending_since_s: float | None = None
-        self._sending = threading.Lock()
-        """Held while a frame is written: no descriptor is closed meanwhile, and its number given to something else."""
         self._ready: link.Ready | None = None
         self.on_request: Callable[[link.Operate | link.MakeKeys], None] = self._refuse
         """Takes what the node asks of the engine; called on the reading thread. Set before `start`."""
@@ -174,24 +142,23 @@ class NodeHandle:
         """End the node and wait until it is dead. Safe to call twice."""
         self._closing.set()
         self._outgoing.put(None)
-        self._kill(gentle=True)
+        self._child.kill(gentle=True)
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(0.05)
-                self._kill(gentle=False)  # the reading thread may just have been starting another one
+                self._child.kill(gentle=False)  # the reading thread may just have been starting another one
         with self._lock:
-            self._state = _DOWN
+            self._state = DOWN
         self._fail_jobs(MissReason.DRAINING)
-        if self._socket is not None:
-            self._socket.close()
+        if self._child.connection is not None:
+            self._child.connection.close()
         segments, self._segments = self._segments, ()
         for segment in segments:
             os.close(segment.fd)
 
     @property
     def pid(self) -> int | None:
-        process = self._process
-        return None if process is None else process.pid
+        return self._child.pid
 
     @property
     def ready(self) -> link.Ready | None:
@@ -201,6 +168,19 @@ class NodeHandle:
     @property
     def state(self) -> NodeState:
         return self._state
+
+    def _launch(self) -> link.Ready:
+        """Have a node process that serves; see `NodeProcess.launch`."""
+        first = self._child.launch(msgspec.structs.replace(self._start, tokenizer=self.tokenizer))
+        self._start = msgspec.structs.replace(self._start, peer_port=first.peer_port)
+        with self._lock:
+            self._ready = first
+            self._state = NodeState(True, False, False, 0, self._start.sharing)
+            # The node read the ledger before it was ready; what changed since then is told again.
+            self._tell_missed_slots()
+            while self._untold:
+                self._outgoing.put((self._life, self._untold.popleft()))
+        return first
 
     # -- scheduler thread ----------------------------------------------------------------------------------------------
 
@@ -318,12 +298,11 @@ class NodeHandle:
             self._read_until_closed()
             if self._closing.is_set():
                 return
-            process = self._process
             self._lost()
             log.warning(
                 "node process ended pid=%s status=%s; lookups are misses until it is back",
-                self.pid,
-                process and process.returncode,
+                self._child.pid,
+                self._child.exit_status,
             )
             if time.monotonic() - up_s > LONGEST_RESTART_DELAY_S:
                 delay_s = FIRST_RESTART_DELAY_S
@@ -342,16 +321,17 @@ class NodeHandle:
                 break
 
     def _read_until_closed(self) -> None:
-        assert self._socket is not None
+        connection = self._child.connection
+        assert connection is not None
         buffer = FrameBuffer(link.MAX_FRAME_BYTES)
         poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
+        poller.register(connection, select.POLLIN)
         while not self._closing.is_set():
             if not poller.poll(self._patience_s() * 1000):
                 self._kill_if_late()
                 continue
             try:
-                data = self._socket.recv(1 << 18)
+                data = connection.recv(1 << 18)
             except OSError:
                 return
             if not data:
@@ -419,23 +399,23 @@ class NodeHandle:
         with self._lock:
             late = [job_id for job_id, job in self._jobs.items() if now_s > job.give_up_s]
         if late:
-            log.error("node did not finish jobs in time jobs=%s pid=%s; killing it", late[:8], self.pid)
-            self._kill(gentle=False)
+            log.error("node did not finish jobs in time jobs=%s pid=%s; killing it", late[:8], self._child.pid)
+            self._child.kill(gentle=False)
             return
         since_s = self._sending_since_s
         if since_s is not None and now_s - since_s > DEAF_S:
-            log.error("node does not read its link pid=%s; killing it", self.pid)
-            self._kill(gentle=False)
+            log.error("node does not read its link pid=%s; killing it", self._child.pid)
+            self._child.kill(gentle=False)
 
     def _lost(self) -> None:
         """The link ended: make sure that nobody can write into the pool, then let go of everything that was out."""
         with self._lock:
-            self._state = _DOWN
+            self._state = DOWN
             self._life += 1
         self._visible.clear()
         self._asked.clear()
         self._fastest = None
-        self._kill(gentle=False)
+        self._child.kill(gentle=False)
         self._fail_jobs(MissReason.NODE_DOWN)
 
     def _fail_jobs(self, reason: MissReason) -> None:
@@ -469,11 +449,14 @@ class NodeHandle:
 
     def _write_one(self, life: int, message: link.Message) -> None:
         with self._lock:
-            connection = self._socket if life == self._life else None
+            connection = self._child.connection if life == self._life else None
         if connection is None:
             return
         self._sending_since_s = time.monotonic()
-        with self._sending, contextlib.suppress(OSError):  # the reading thread sees the same end and fails the jobs
+        with (
+            self._child.sending,
+            contextlib.suppress(OSError),
+        ):  # the reading thread sees the same end
             connection.sendall(pack_frame(link.encode(message)))
         self._sending_since_s = None
 
@@ -496,77 +479,6 @@ class NodeHandle:
             self._outgoing.put((self._life, link.Retract(part)))
             self._outgoing.put((self._life, link.Publish(part, fetched=False)))
 
-    # -- process -------------------------------------------------------------------------------------------------------
-
-    def _launch(self) -> link.Ready:
-        """Start one node process and wait for its first word."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        descriptors = [theirs.fileno(), self._start.ledger_fd, *(segment.fd for segment in self._start.segments)]
-        with theirs:
-            command = self._command(theirs.fileno())
-            self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
-        old, self._socket = self._socket, ours
-        if old is not None:
-            with self._sending:  # its process is dead, so nobody is held up in there
-                old.close()
-        try:
-            first = self._first_word(ours)
-        except (OSError, ValueError, EOFError, RecursionError) as error:
-            self._kill(gentle=False)
-            raise StartupError(
-                "node process",
-                expected="a node that is ready",
-                found=f"{error!r} (exit status {self._process.returncode})",
-                hint="its own log lines above say why",
-            ) from error
-        if isinstance(first, link.Failed):
-            self._kill(gentle=False)
-            raise StartupError("node process", found=first.text)
-        self._start = msgspec.structs.replace(self._start, peer_port=first.peer_port)
-        with self._lock:
-            self._ready = first
-            self._state = NodeState(True, False, False, 0, self._start.sharing)
-            # The node read the ledger before it was ready; what changed since then is told again.
-            self._tell_missed_slots()
-            while self._untold:
-                self._outgoing.put((self._life, self._untold.popleft()))
-        return first
-
-    def _command(self, link_fd: int) -> list[str]:
-        return [sys.executable, "-m", "kvmesh.node", "--link-fd", str(link_fd), "--log-level", self._log_level]
-
-    def _first_word(self, connection: socket.socket) -> link.Ready | link.Failed:
-        """Exactly one frame, byte by byte where needed: what follows it belongs to the reading thread."""
-        until_s = time.monotonic() + START_TIMEOUT_S
-        connection.settimeout(START_TIMEOUT_S)
-        start = msgspec.structs.replace(self._start, tokenizer=self.tokenizer)
-        connection.sendall(pack_frame(link.encode(start)))
-        length = parse_length(_receive(connection, LENGTH_BYTES, until_s), link.MAX_FRAME_BYTES)
-        message = link.to_engine_decoder.decode(_receive(connection, length, until_s))
-        connection.settimeout(None)
-        if not isinstance(message, link.Ready | link.Failed):
-            raise ValueError(  # noqa: TRY004  (what came is wrong, not what we were called with)
-                f"first message is {type(message).__name__}"
-            )
-        return message
-
-    def _kill(self, *, gentle: bool) -> None:
-        """Return when the process is dead. Gently: by closing the link, which lets it say good-bye to the directory."""
-        process, connection = self._process, self._socket
-        if gentle and connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        if process is None:
-            return
-        if gentle:
-            try:
-                process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                log.warning("node did not end by itself pid=%d; killing it", process.pid)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
 
 def _fastest(rates: link.Rates) -> Source | None:
     if rates.unmeasured:
@@ -575,14 +487,3 @@ def _fastest(rates: link.Rates) -> Source | None:
         return None
     best = min(rates.peers, key=lambda peer: peer.byte_s * (1 + peer.pulls))
     return Source(best.instance_id, 0, Rate(best.fixed_s, best.byte_s), best.pulls)
-
-
-def _receive(connection: socket.socket, size: int, until_s: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        connection.settimeout(max(0.001, until_s - time.monotonic()))
-        piece = connection.recv(size - len(data))
-        if not piece:
-            raise EOFError("the node ended before it was ready")
-        data += piece
-    return bytes(data)

@@ -23,7 +23,8 @@ from kvmesh.wire.control import ControlError
 from kvmesh.wire.operations import MAX_HOT, ClearChunks, PinChunks, Report, RunState, Sharing, UnpinChunks, WarmChunks
 
 if TYPE_CHECKING:
-    from kvmesh.node.process import Node, NodeListener
+    from kvmesh.node.listener import NodeListener
+    from kvmesh.node.process import Node
 
 log = logging.getLogger("kvmesh.operations")
 

@@ -21,7 +21,6 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import kvmesh
 from kvmesh.config import KVMeshConfig
@@ -39,8 +38,10 @@ from kvmesh.node.answers import answer_questions
 from kvmesh.node.asker import Asker
 from kvmesh.node.control import Control
 from kvmesh.node.explainer import Neighbourhood
+from kvmesh.node.fetch_summary import FetchSummary, FetchTotals
 from kvmesh.node.fetcher import Fetcher, JobResult, make_items
 from kvmesh.node.inventory import Inventory
+from kvmesh.node.listener import NodeListener
 from kvmesh.node.memory import Memory
 from kvmesh.node.operations import NodeOperations
 from kvmesh.node.peer_follow import Following
@@ -50,51 +51,14 @@ from kvmesh.node.prober import Prober
 from kvmesh.node.request_log import RequestLog
 from kvmesh.node.transports import Transports
 from kvmesh.transfer.pool import HostPool
-from kvmesh.wire.control import ControlError
-from kvmesh.wire.directory import Answer, Ask, Changes, FetchReport, Member, NodeStatistics, Snapshot, UseReport
-from kvmesh.wire.link import Rates
-from kvmesh.wire.operations import AnyCommand, Sharing
+from kvmesh.wire import link
+from kvmesh.wire.directory import Answer, Ask, Changes, Member, NodeStatistics, Snapshot, UseReport
+from kvmesh.wire.operations import Sharing
 
 log = logging.getLogger("kvmesh.node")
 
 
 PREFAULT_PAUSE_S = 0.001
-
-
-class DirectoryState(NamedTuple):
-    """What a node knows of its directory."""
-
-    connected: bool
-    ever_connected: bool
-    peers: int
-    sharing: Sharing = Sharing.ON
-    asks: bool = False
-    """Chunks are not told as they appear; the directory is asked for them (`Asker`)."""
-
-
-class NodeListener:
-    """What an engine hears of its node. The base class ignores everything: a stand-alone node has no engine."""
-
-    def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
-        """Keys that somebody else holds now, or nobody any more."""
-
-    def on_visible_reset(self, keys: list[ChunkKey]) -> None:
-        """From now on these are the keys that somebody else holds, and no others."""
-
-    def on_directory(self, state: DirectoryState) -> None: ...
-
-    def operate(self, operation_id: str, command: AnyCommand, timeout_s: float) -> bool:
-        """Have the engine carry out a command; it reports to `NodeOperations.reported`. False without an engine."""
-        del operation_id, command, timeout_s
-        return False
-
-    async def make_keys(self, tokens: list[int], cache_salt: str | None) -> list[bytes]:
-        """The keys of a prompt's chunks. Raises ControlError when there is no engine to say."""
-        del tokens, cache_salt
-        raise ControlError("no_engine", "this node has no engine that could say")
-
-    def on_rates(self, rates: Rates) -> None:
-        """How fast the peers are."""
 
 
 class Node:
@@ -122,11 +86,10 @@ class Node:
         self._directory: DirectoryClient | None = None
         self._connected = self._ever_connected = False
         self._background = ThreadPoolExecutor(4, thread_name_prefix="connect")
-        self._fetches = self._fetched_chunks = self._fetched_bytes = self._active_fetches = 0
-        self._fetch_seconds = 0.0
+        self._fetch_totals = FetchTotals()
+        self._active_fetches = 0
         self._prefill_tokens_per_s = 0.0
         """What the engine told last of its speed; 0 before it has measured any."""
-        self._misses: dict[str, int] = {}
         self._admin: socket.socket | None = None
         self._closing = threading.Event()
         # As the node before this one had been told. A drain that it was in the middle of has failed with it.
@@ -273,51 +236,18 @@ class Node:
         finally:
             self._active_fetches -= 1
         self._tell_rates()
-        fetched = result.fetched()
         for outcome in result.outcomes:
             if outcome.reason in {MissReason.EVICTED, MissReason.STALE, MissReason.PEER_UNREACHABLE}:
                 self.asker.forget(outcome.item.key)
-        for outcome in fetched:
+        for outcome in result.fetched():
             if outcome.checksum is not None:
                 self.inventory.filled(outcome.item.slot, outcome.item.key, outcome.checksum)
-        misses = {reason.value: count for reason, count in result.misses().items()}
-        fetched_bytes = len(fetched) * self._pool.chunk_bytes
-        self._fetches += 1
-        self._fetched_chunks += len(fetched)
-        self._fetched_bytes += fetched_bytes
-        self._fetch_seconds += result.seconds
-        for reason, count in misses.items():
-            self._misses[reason] = self._misses.get(reason, 0) + count
-        transports = {peer.transport.name for holder in result.holders if (peer := self.peers.get(holder))}
-        self.requests.fetched(request_id, ",".join(sorted(transports)) or "-", self._pool.chunk_bytes, result)
-        log.info(
-            "fetch request=%s chunks=%d/%d bytes=%d seconds=%.4f gb_per_s=%.2f holders=%s transport=%s misses=%s",
-            request_id,
-            len(fetched),
-            len(keys),
-            fetched_bytes,
-            result.seconds,
-            fetched_bytes / max(result.seconds, 1e-9) / 1e9,
-            ",".join(result.holders) or "-",
-            ",".join(sorted(transports)) or "-",
-            ",".join(f"{reason}:{count}" for reason, count in misses.items()) or "-",
-        )
+        done = FetchSummary.of(request_id, result, self.peers, self._pool.chunk_bytes)
+        done.log()
+        self._fetch_totals.add(done)
+        self.requests.fetched(request_id, done.transports, self._pool.chunk_bytes, result)
         if self._directory is not None:
-            self._directory.report(
-                FetchReport(
-                    instance_id=self.instance_id,
-                    incarnation=self.incarnation,
-                    request_id=request_id[:256],
-                    holders=tuple(result.holders[:64]),
-                    transport=",".join(sorted(transports)) or "-",
-                    chunks_asked=len(keys),
-                    chunks_fetched=len(fetched),
-                    fetched_bytes=fetched_bytes,
-                    seconds=result.seconds,
-                    misses=misses,
-                    corrupt=result.corrupt,
-                )
-            )
+            self._directory.report(done.report(self.instance_id, self.incarnation))
         return result
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -427,17 +357,17 @@ class Node:
         return key in self.inventory
 
     def statistics(self) -> NodeStatistics:
-        served = self.server.statistics()
+        served, fetched = self.server.statistics(), self._fetch_totals
         return NodeStatistics(
             published_chunks=len(self.inventory),
             replica_chunks=len(self.replica),
-            fetched_chunks=self._fetched_chunks,
-            fetched_bytes=self._fetched_bytes,
-            fetch_seconds=self._fetch_seconds,
-            fetches=self._fetches,
+            fetched_chunks=fetched.chunks,
+            fetched_bytes=fetched.bytes,
+            fetch_seconds=fetched.seconds,
+            fetches=fetched.fetches,
             served_chunks=served.served_chunks,
             served_bytes=served.served_bytes,
-            misses=dict(self._misses),
+            misses=dict(fetched.misses),
             prefill_tokens_per_s=self._prefill_tokens_per_s,
             sharing=self.sharing.value,
             pinned_chunks=self.operations.pinned_chunks,
@@ -512,7 +442,7 @@ class Node:
 
     def _tell_directory(self) -> None:
         self._listener.on_directory(
-            DirectoryState(self._connected, self._ever_connected, len(self.peers), self.sharing, self._asks)
+            link.Directory(self._connected, self._ever_connected, len(self.peers), self.sharing, self._asks)
         )
 
 

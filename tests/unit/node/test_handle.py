@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
 from kvmesh.node import handle as handle_module
 from kvmesh.node.handle import NodeHandle
+from kvmesh.node.state import DOWN, NodeState
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
 from kvmesh.wire.framing import FrameBuffer, pack_frame
@@ -52,8 +54,9 @@ class LyingHandle(NodeHandle):
 
     script = ""
 
-    def _command(self, link_fd: int) -> list[str]:
-        return [sys.executable, "-S", "-E", "-c", NODE, str(link_fd), self.script]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._child.command = lambda link_fd: [sys.executable, "-S", "-E", "-c", NODE, str(link_fd), self.script]
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def test_closing_while_a_node_is_being_started_leaves_none_behind(make, monkeypa
         time.sleep(0.1)  # close() runs meanwhile
         return popen(*args, **options)
 
-    monkeypatch.setattr(handle_module.subprocess, "Popen", slow_popen)
+    monkeypatch.setattr(subprocess, "Popen", slow_popen)
     os.kill(handle.pid, signal.SIGKILL)
     started.wait(10)
     handle.close()
@@ -190,7 +193,7 @@ def test_what_waits_for_a_node_is_bounded(make, monkeypatch):
     handle = make("")
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        handle._socket, handle._state = ours, handle_module.NodeState(True, True, True, 1)
+        handle._child.connection, handle._state = ours, NodeState(True, True, True, 1)
         for turn in range(1000):
             handle.publish([turn % 8], fetched=False)
             handle.retract([turn % 8])
@@ -206,21 +209,21 @@ def test_what_waits_for_a_node_is_bounded(make, monkeypatch):
         writer.join(10)
         assert {slot for each in heard[20:] if isinstance(each, link.Retract) for slot in each.slots} == set(range(8))
         assert not handle._missed_slots
-        handle._socket, handle._state = None, handle_module._DOWN
+        handle._child.connection, handle._state = None, DOWN
 
 
 def test_a_large_clear_is_told_in_pieces(make, monkeypatch):
     """A pool of millions of slots that is thrown away fits no single frame."""
     monkeypatch.setattr(handle_module, "MAX_SLOTS_PER_MESSAGE", 3)
     handle = make("")
-    handle._state = handle_module.NodeState(True, True, True, 1)
+    handle._state = NodeState(True, True, True, 1)
     handle.retract(list(range(8)))
     told = []
     while not handle._outgoing.empty():
         told.append(handle._outgoing.get()[1])
     assert max(len(message.slots) for message in told) <= 3
     assert {slot for message in told for slot in message.slots} == set(range(8))
-    handle._state = handle_module._DOWN
+    handle._state = DOWN
 
 
 def test_a_node_that_talks_but_does_not_listen_is_killed(make, monkeypatch):

@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.gate import Rate, Source, Verdict
 from kvmesh.core.reasons import MissReason
-from kvmesh.node.handle import NodeState
+from kvmesh.node.state import NodeState
 from kvmesh.vllm import prefill_watch
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.request_records import RequestState
