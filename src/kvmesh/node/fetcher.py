@@ -151,10 +151,11 @@ class Fetcher:
         started_s = time.monotonic()
         job = _Job(items, Deadline(started_s + timeout_s, self._stall_s))
         own, others = self.under_way.claim(items)
-        joins = [asyncio.create_task(self.under_way.join(item, job.deadline.at_s)) for item in others]
+        until_s = job.deadline.at_s  # the gate cuts only what we pull ourselves
         await self._pull_and_settle(job, own, saved)
-        if joins:
-            await self._take_joined(job, await asyncio.gather(*joins))
+        if others:
+            waits = [self.under_way.wait(joiner, until_s) for joiner in others]
+            await self._take_joined(job, await asyncio.gather(*waits))
         outcomes = job.outcomes(items)
         seconds = time.monotonic() - started_s
         return JobResult(outcomes, list(job.holders), seconds, job.corrupt, job.gate, job.asked)
@@ -165,7 +166,9 @@ class Fetcher:
             if outcome.reason is None or job.deadline.remaining_s() <= 0:
                 job.decided[outcome.item.slot] = outcome
         own, others = self.under_way.claim(out.item for out in outcomes if out.item.slot not in job.decided)
-        job.miss(others, MissReason.TRUNCATED)
+        for joiner in others:
+            self.under_way.leave(joiner)
+            job.miss([joiner.item], MissReason.TRUNCATED)
         if own:
             await self._pull_and_settle(job, own, None)
 

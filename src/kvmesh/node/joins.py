@@ -7,6 +7,7 @@ only then may its engine do with the slot what it likes. Runs on the node's even
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Sequence
 
@@ -16,9 +17,11 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.transfer.base import ChunkOutcome
 from kvmesh.transfer.pool import HostPool
 
+log = logging.getLogger("kvmesh.fetch")
 
-class _Joiner:
-    """Somebody who waits for a chunk."""
+
+class Joiner:
+    """A chunk that one job waits for and another one fetches."""
 
     def __init__(self, item: FetchItem) -> None:
         self.item = item
@@ -32,34 +35,39 @@ class UnderWay:
 
     def __init__(self, pool: HostPool) -> None:
         self._pool = pool
-        self._waiting: dict[ChunkKey, list[_Joiner]] = {}
+        self._waiting: dict[ChunkKey, list[Joiner]] = {}
         """By every key that is being fetched."""
         self.joined_chunks = 0
         """Copied from another job's slot instead of being fetched."""
 
-    def claim(self, items: Iterable[FetchItem]) -> tuple[list[FetchItem], list[FetchItem]]:
-        """What the caller is to fetch, and has to `settle`; and what others are fetching, which it may `join`."""
-        own, others = [], []
+    def claim(self, items: Iterable[FetchItem]) -> tuple[list[FetchItem], list[Joiner]]:
+        """What the caller is to fetch, and has to `settle`; and what others are fetching, each of which it has to
+        `wait` for, or to `leave` at once.
+        """
+        own, others = list[FetchItem](), list[Joiner]()
         for item in items:
-            if item.key in self._waiting:
-                others.append(item)
-            else:
+            waiting = self._waiting.get(item.key)
+            if waiting is None:
                 own.append(item)
                 self._waiting[item.key] = []
+                continue
+            others.append(Joiner(item))
+            waiting.append(others[-1])
         return own, others
 
-    async def join(self, item: FetchItem, until_s: float) -> ChunkOutcome:
+    async def wait(self, joiner: Joiner, until_s: float) -> ChunkOutcome:
         """The outcome of a chunk that somebody else fetches, with its bytes in our slot where it is a hit. DEADLINE at
-        time.monotonic() `until_s`; then nobody writes into the slot any more. Call it before anything is awaited.
+        time.monotonic() `until_s`; then nobody writes into the slot any more.
         """
-        joiner = _Joiner(item)
-        waiting = self._waiting[item.key]
-        waiting.append(joiner)
         await asyncio.wait((joiner.outcome,), timeout=max(0.0, until_s - time.monotonic()))
         if joiner.outcome.done() or joiner.is_served:
             return await joiner.outcome
-        waiting.remove(joiner)
-        return ChunkOutcome(item, MissReason.DEADLINE, None)
+        self.leave(joiner)
+        return ChunkOutcome(joiner.item, MissReason.DEADLINE, None)
+
+    def leave(self, joiner: Joiner) -> None:
+        """Wait no longer. Only for who is not being served yet: its slot is its own again."""
+        self._waiting[joiner.item.key].remove(joiner)
 
     async def settle(self, outcomes: Sequence[ChunkOutcome]) -> None:
         """The caller's chunks are decided. Returns when all who waited have got them, so that it may give its slots
@@ -71,12 +79,20 @@ class UnderWay:
                 continue
             for joiner in waiting:
                 joiner.is_served = True
-            slots = [joiner.item.slot for joiner in waiting]
-            if outcome.reason is None:
-                await asyncio.get_running_loop().run_in_executor(None, self._copy, outcome.item.slot, slots)
-                self.joined_chunks += len(slots)
+            served = outcome if outcome.reason is not None else await self._copied(outcome, waiting)
             for joiner in waiting:
-                joiner.outcome.set_result(outcome._replace(item=joiner.item))
+                joiner.outcome.set_result(served._replace(item=joiner.item))
+
+    async def _copied(self, outcome: ChunkOutcome, waiting: Sequence[Joiner]) -> ChunkOutcome:
+        """The outcome for those who wait: a miss where the copy failed, so that they ask themselves."""
+        slots = [joiner.item.slot for joiner in waiting]
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._copy, outcome.item.slot, slots)
+        except Exception:  # whoever waits must hear of it; our own chunk is none the worse
+            log.exception("chunk could not be copied for %d other jobs slot=%d", len(slots), outcome.item.slot)
+            return outcome._replace(reason=MissReason.PEER_LOST, checksum=None)
+        self.joined_chunks += len(slots)
+        return outcome
 
     def _copy(self, source: int, slots: Sequence[int]) -> None:
         for slot in slots:
