@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import random
-import resource
 import secrets
 import struct
 import time
@@ -34,6 +33,7 @@ from typing import Protocol
 
 from kvmesh.bench.stand_in import stand_in_format
 from kvmesh.core.format import Format
+from kvmesh.descriptors import raise_descriptor_limit
 from kvmesh.errors import StartupError
 from kvmesh.wire.directory import Member
 
@@ -275,7 +275,7 @@ class _Handle:
 
 def _work(plan: SwarmPlan, index: int, make_link: MakeLink, pipe: Connection) -> None:
     """The main function of one process."""
-    _raise_file_limit()
+    raise_descriptor_limit()
     with contextlib.closing(make_link(plan)) as link, contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         _Worker(plan, index, link, pipe).run()  # those end it when whoever has started us is gone
 
@@ -366,10 +366,3 @@ def percentile(values: Sequence[float], share: float) -> float:
         return 0.0
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _raise_file_limit() -> None:
-    """Each instance takes about four descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

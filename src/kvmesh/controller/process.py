@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import resource
 import secrets
 import signal
 import socket
@@ -26,6 +25,7 @@ from kvmesh.controller.log import log
 from kvmesh.controller.redis_watch import RedisWatch
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import Sockets, open_sockets
+from kvmesh.descriptors import raise_descriptor_limit
 from kvmesh.errors import StartupError
 from kvmesh.wire.auth import ClusterKey
 
@@ -68,7 +68,7 @@ def run_controller(config: ControllerConfig) -> None:
     set_up_logging()
     for warning in config.warnings:
         log(logger, logging.WARNING, "warning", text=warning)
-    _raise_file_limit()
+    raise_descriptor_limit()
     with contextlib.closing(open_sockets(config)) as sockets:
         asyncio.run(_run(config, sockets))
 
@@ -188,12 +188,3 @@ def _log_started(config: ControllerConfig, sockets: Sockets, registry: Registry)
         incarnation=registry.incarnation,
         cluster_key=config.cluster_key is not None,
     )
-
-
-def _raise_file_limit() -> None:
-    """Each member takes two or three descriptors; the usual soft limit of 1024 would end at 300 members."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -7,24 +7,15 @@ import asyncio
 import contextlib
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
 
 import psutil
 
+from kvmesh.descriptors import raise_descriptor_limit
 from kvmesh.logs import configure_logging
 from kvmesh.node.engine_link import EngineLink
-
-ENOUGH_DESCRIPTORS = 65_536
-
-
-def raise_descriptor_limit() -> None:
-    """Take as many descriptors as this user may have: a connection costs one, and 1,024 is a common soft limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # not allowed here; then it stays as it is
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, ENOUGH_DESCRIPTORS)), hard))
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import resource
 import signal
 import socket
 import time
@@ -17,6 +16,7 @@ from aiohttp import web
 
 from kvmesh import __version__
 from kvmesh.config.values import format_host_port, is_loopback
+from kvmesh.descriptors import raise_descriptor_limit
 from kvmesh.errors import StartupError
 from kvmesh.logs import configure_logging
 from kvmesh.router.app import App, AppSettings
@@ -47,7 +47,7 @@ def run_router(config: RouterConfig) -> None:
         StartupError: the port is taken, the host is no address of this machine, or something configured is not there.
     """
     configure_logging(config.log_level, process="router")
-    _raise_file_limit()
+    raise_descriptor_limit()
     with contextlib.closing(_bind(config.host, config.port)) as listener:
         _runner()(_run(config, listener))
 
@@ -230,12 +230,3 @@ def _runner() -> Callable[[Coroutine[None, None, None]], None]:
         log.warning("uvloop is missing, so the router is slower: pip install 'kvmesh[router]'")
         return asyncio.run
     return uvloop.run
-
-
-def _raise_file_limit() -> None:
-    """Each request takes two descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
