@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo tutorial chaos test test-unit test-fuzz test-contract test-process test-browser test-chart test-e2e \
   browser chart-tools \
-  chart-check check format lock clean
+  chart-check image-check check format lock clean
 SHELL := /bin/bash
 
 export TORCH_INDEX PYTHON
@@ -37,6 +37,9 @@ chart-tools: setup ## fetch Helm 3 and 4, kubectl, Kubernetes' schemas and hadol
 
 chart-check: chart-tools ## the Helm chart and the images: lint, schemas, refusals, install to uninstall
 	@$(python) scripts/run_tests.py chart $(CHART)
+
+image-check: ## build the images without a Docker daemon (root, Debian) and start what is in them
+	@scripts/image_check
 
 chaos: setup ## faults done to real processes under load, as a table (CHAOS="--quick", "--only link-cut", "--soak 20")
 	@.venv/bin/kvmesh bench chaos $(CHAOS)
