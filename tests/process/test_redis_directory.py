@@ -35,13 +35,15 @@ KEYS = [make_key(f"redis-{number}") for number in range(3000)]
 TIMEOUT_S = 1.0
 
 
-def client_of(url: str, *, cluster_name: str = "test", key: str = "") -> Callable[[LightNode], RedisClient]:
+def client_of(
+    url: str, *, cluster_name: str = "test", key: str = "", timeout_s: float = TIMEOUT_S
+) -> Callable[[LightNode], RedisClient]:
     def make(node: LightNode) -> RedisClient:
         return RedisClient(
             parse_redis_target(url),
             cluster_name=cluster_name,
             heartbeat_interval_s=0.2,
-            instance_timeout_s=TIMEOUT_S,
+            instance_timeout_s=timeout_s,
             lookup_timeout_s=0.5,
             listener=node,
             outbox=node.outbox,
@@ -52,11 +54,14 @@ def client_of(url: str, *, cluster_name: str = "test", key: str = "") -> Callabl
 
 
 @contextlib.asynccontextmanager
-async def pair_of(url: str, **options: str) -> AsyncIterator[tuple[LightNode, LightNode]]:
+async def pair_of(
+    url: str, *, cluster_name: str = "test", key: str = "", timeout_s: float = TIMEOUT_S
+) -> AsyncIterator[tuple[LightNode, LightNode]]:
     """Two nodes that know each other."""
+    make = client_of(url, cluster_name=cluster_name, key=key, timeout_s=timeout_s)
     async with (
-        joined(LightNode("left", peer_port=1), client_of(url, **options)) as left,
-        joined(LightNode("right", peer_port=2), client_of(url, **options)) as right,
+        joined(LightNode("left", peer_port=1), make) as left,
+        joined(LightNode("right", peer_port=2), make) as right,
     ):
         await eventually(lambda: left.sees(right) and right.sees(left) and left.connected and right.connected)
         yield left, right
@@ -188,7 +193,8 @@ async def test_redis_killed_and_restarted_empty(tmp_path: Path) -> None:
     everything already.
     """
     with running_redis(tmp_path) as redis:
-        async with pair_of(redis.url) as (left, right):
+        # Nobody is given up for being slow to come back.
+        async with pair_of(redis.url, timeout_s=30) as (left, right):
             left.put(KEYS[:1000])
             await eventually(lambda: right.sees(left))
             before = right.snapshots

@@ -123,7 +123,7 @@ class LightNode:
         return NodeStatistics(published_chunks=len(self.published), replica_chunks=len(self.replica))
 
 
-async def eventually(check: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def eventually(check: Callable[[], object], timeout_s: float = 40.0) -> None:
     """Wait until `check` is true: for what another process does in its own time."""
     until_s = time.monotonic() + timeout_s
     while not check():
