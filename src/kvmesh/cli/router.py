@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
+from kvmesh.cli.lists import numbers
 from kvmesh.errors import StartupError
 
 SERVER, ENGINES, LIMITS, KV = "Address", "Engines", "Limits and time-outs", "Policy kv and other policies"
 
 
-def register(app: typer.Typer, bench_app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command("router")(router)
+def register(app: typer.Typer, bench_app: typer.Typer, *, panel: str) -> None:
+    """Add the commands of this file; `panel` is that of the router in the help."""
+    app.command("router", rich_help_panel=panel)(router)
     bench_app.command("router")(bench_router)
     bench_app.command("trace")(bench_trace)
 
@@ -112,15 +113,18 @@ def router(
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.  [default: info]")] = None,
 ) -> None:
-    """One OpenAI-compatible address in front of many engines.
+    """Run one OpenAI-compatible address in front of many engines.
+
+    For example:
+
+    ```text
+    kvmesh router --backends http://localhost:8000,http://localhost:8001
+    kvmesh router --kubernetes-selector app=vllm --policy kv --controller-url http://controller:9000
+    ```
 
     Streams without buffering, asks another engine when one fails before its first byte, and forgets pods as they go.
     Every path goes through, except its own: /healthz, /readyz, /health, /metrics, /kvmesh/backends, and /v1/models,
     which lists what all engines serve.
-
-    `kvmesh router --backends http://localhost:8000,http://localhost:8001`
-
-    `kvmesh router --kubernetes-selector app=vllm --policy kv --controller-url http://controller:9000`
     """
     given = {name: value for name, value in locals().items() if name != "config"}
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -185,8 +189,8 @@ def bench_trace(
 
     run = TraceRun(
         path=trace,
-        instances=[int(number) for number in instances.split(",")],
-        pool_gib=[float(size) for size in pool_gib.split(",")][: 1 if quick else None],
+        instances=numbers("--instances", instances, int, least=1),
+        pool_gib=numbers("--pool-gib", pool_gib, float, least=0)[: 1 if quick else None],
         policies=policies.split(","),
         link_gbit=link_gbit,
         prefill_tokens_per_s=prefill,

@@ -58,7 +58,6 @@ KeyOption = Annotated[
         metavar="FILE", help="The cluster's key, for what changes something; or put it into KVMESH_CLUSTER_KEY."
     ),
 ]
-TimeoutOption = Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Longest wait for one answer.")]
 
 
 @contextlib.contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from typer.main import get_command
 
-from kvmesh.cli.app import app
 from kvmesh.cli.shared import exit_status
 from kvmesh.config import load_config
 from kvmesh.errors import ApiRefusedError, ConfigError, DirectoryUnavailableError
@@ -82,27 +80,6 @@ def test_the_commands_variables_are_no_settings_of_an_instance():
     """Whoever exports them in a shell where an engine is started must not stop that engine."""
     environ = {"KVMESH_CONTROLLER": "a:1", "KVMESH_CONTROLLER_CA": "ca.pem", "KVMESH_SHARE": "false"}
     assert not load_config(environ=environ).warnings
-
-
-def commands(group=None, name=("kvmesh",)):
-    found = group or get_command(app)
-    for word, command in getattr(found, "commands", {}).items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*name, word))
-        else:
-            yield " ".join((*name, word)), command
-
-
-def test_every_command_says_what_it_does(run):
-    """And those for operators teach with examples."""
-    listed = dict(commands())
-    assert all(command.help for command in listed.values())
-    taught = ["status", "top", "lookup", "explain", "doctor"]
-    taught += [word.removeprefix("kvmesh ") for word in listed if word.startswith("kvmesh ops ")]
-    for words in taught:
-        result = run(*words.split(), "--help")
-        assert result.exit_code == 0
-        assert f"kvmesh {words.split()[0]}" in result.stdout, words
 
 
 def test_a_thousand_equal_findings_do_not_hide_the_others(run, run_json, controller):
