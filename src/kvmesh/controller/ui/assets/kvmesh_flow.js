@@ -20,7 +20,7 @@ export default {
         </svg>
         <div v-if="fixed.matrix" class="km-matrix-box">
           <table class="km-matrix">
-            <caption class="km-unseen">Bytes per second that each row fetches from each column</caption>
+            <caption class="km-muted">Bytes per second that each row fetches from each column</caption>
             <thead><tr><td></td><th v-for="name in names" :key="name" scope="col" :title="name"><span>{{ shorten(name, 14) }}</span></th></tr></thead>
             <tbody><tr v-for="(name, row) in names" :key="name">
               <th scope="row" :title="name">{{ shorten(name, 18) }}</th>

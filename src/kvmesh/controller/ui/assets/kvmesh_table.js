@@ -13,6 +13,7 @@ export default {
                v-model="wanted" @input="ask(250)" autocomplete="off" spellcheck="false">
         <label class="km-narrow">Sort by
           <select class="km-input" :value="sort + (descending ? '-' : '+')" @change="choose($event.target.value)">
+            <option v-if="!sort" value="+" disabled>as listed</option>
             <template v-for="column in sortable" :key="column.name">
               <option :value="column.name + '+'">{{ column.label }} ↑</option>
               <option :value="column.name + '-'">{{ column.label }} ↓</option>
