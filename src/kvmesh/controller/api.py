@@ -29,6 +29,7 @@ from kvmesh.controller.metrics import ControllerMetrics
 from kvmesh.controller.operator import Operator
 from kvmesh.controller.redis_watch import RedisWatch
 from kvmesh.controller.registry import Registry
+from kvmesh.controller.selection import find_instance
 
 ENDPOINTS = (
     "GET /healthz",
@@ -155,12 +156,7 @@ def _version_1(context: Context) -> APIRouter:
     @router.get("/instances/{instance_id:path}")
     async def instance(instance_id: str) -> views.InstanceView:
         """One member."""
-        found = registry.instances.get(instance_id)
-        if found is None:
-            raise ApiError(
-                404, "unknown_instance", f"no member has the id {instance_id!r}", "GET /api/v1/instances lists all"
-            )
-        return views.instance_view(registry, found, clock())
+        return views.instance_view(registry, find_instance(registry, instance_id), clock())
 
     @router.get("/refusals")
     async def refusals() -> list[views.RefusalView]:

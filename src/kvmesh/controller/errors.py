@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvmesh.controller.api import Context
 
+MAX_ID = 256
+"""Characters of an id that are told back."""
+
 
 class ApiError(Exception):
     """Becomes a JSON answer that says what is wrong and what to do."""
@@ -18,6 +21,14 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.hint = hint
+
+
+LISTS_INSTANCES = "kvmesh status, or GET /api/v1/instances, lists all"
+
+
+def unknown_instance(instance_id: str) -> ApiError:
+    """For an id that no member has."""
+    return ApiError(404, "unknown_instance", f"no member has the id {instance_id[:MAX_ID]!r}", LISTS_INSTANCES)
 
 
 def require_token(context: Context, authorization: str | None) -> None:

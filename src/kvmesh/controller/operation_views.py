@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from kvmesh.controller.errors import LISTS_INSTANCES
 from kvmesh.controller.operations import Operation, Part
 from kvmesh.wire.control import ControlError
 
 HINTS = {
     "deadline": "look at the instance and its log; start the operation again with a longer timeout_s",
-    "lost": "it is no member any more: GET /api/v1/instances lists who is",
-    "unknown_instance": "GET /api/v1/instances lists all",
+    "lost": "it is no member any more: kvmesh status, or GET /api/v1/instances, lists who is",
+    "unknown_instance": LISTS_INSTANCES,
     "unreachable": "it has no connection to this controller now: look at its log",
     "unknown_question": "run the same kvmesh version on the controller and all instances",
     "unknown_operation": "the instance's node was started anew meanwhile: start the operation again",

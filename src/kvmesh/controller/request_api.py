@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 
 from kvmesh.controller import request_views as views
 from kvmesh.controller.asks import Asks
-from kvmesh.controller.errors import ApiError
+from kvmesh.controller.errors import ApiError, unknown_instance
 from kvmesh.controller.inquiries import Inquiries, Unanswered
 from kvmesh.controller.registry import Registry
 from kvmesh.wire.explain import MAX_HOURS, MAX_ID, MAX_RECENT
@@ -33,8 +33,7 @@ def make_router(registry: Registry, asks: Asks, clock: Callable[[], float] = tim
         if instance is None:
             return sorted(registry.instances)
         if instance not in registry.instances:
-            hint = "GET /api/v1/instances lists all"
-            raise ApiError(404, "unknown_instance", f"no member has the id {instance!r}", hint)
+            raise unknown_instance(instance)
         return [instance]
 
     @router.get("/explain")
@@ -83,7 +82,9 @@ def _views(unanswered: Sequence[Unanswered]) -> list[views.UnansweredView]:
 
 
 def _unknown_request(request: str, unanswered: Sequence[Unanswered]) -> ApiError:
-    hint = "a node remembers its last 1,000 requests since its start; GET /api/v1/explain lists them"
+    hint = (
+        "nodes remember their last 1,000 requests since their start; kvmesh explain, or GET /api/v1/explain, lists them"
+    )
     if unanswered:
         hint += "; not answering: " + ", ".join(one.instance_id for one in unanswered[:20])
     return ApiError(404, "unknown_request", f"no instance remembers a request named {request[:MAX_ID]!r}", hint)

@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 
 from kvmesh.controller.asks import Asks
 from kvmesh.controller.carry_out import Commander
-from kvmesh.controller.errors import ApiError
+from kvmesh.controller.errors import unknown_instance
 from kvmesh.controller.instances import FormatGroup, Instance
 from kvmesh.controller.operation_bodies import Chunks
 from kvmesh.controller.registry import Registry
@@ -27,8 +27,7 @@ def find_instance(registry: Registry, instance_id: str) -> Instance:
     """Raises ApiError when it is no member."""
     found = registry.instances.get(instance_id)
     if found is None:
-        hint = "GET /api/v1/instances lists all"
-        raise ApiError(404, "unknown_instance", f"no member has the id {instance_id[:256]!r}", hint)
+        raise unknown_instance(instance_id)
     return found
 
 
