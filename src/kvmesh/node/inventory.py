@@ -36,6 +36,13 @@ class _Entry(NamedTuple):
     generation: int
 
 
+class _Fetched(NamedTuple):
+    key: ChunkKey
+    checksum: bytes
+    published_as: int
+    """The generation that the slot gets when it is published for the first time since."""
+
+
 class Inventory:
     """Published chunks of one pool. `on_change` is called on the loop whenever `take_changes` has something new."""
 
@@ -46,8 +53,8 @@ class Inventory:
         self._entries: dict[ChunkKey, _Entry] = {}
         self._keys: dict[int, ChunkKey] = {}
         """Announced key by slot."""
-        self._fetched: dict[int, tuple[ChunkKey, bytes]] = {}
-        """Key and checksum of slots that this node filled and the engine has not published yet."""
+        self._fetched: dict[int, _Fetched] = {}
+        """By slot: what this node has fetched and the engine has not published yet."""
         self.accepting = True
         """False: what the engine publishes is not announced; `republish` makes up for it."""
         self._added: dict[ChunkKey, None] = {}
@@ -66,8 +73,8 @@ class Inventory:
             if record is None:
                 continue
             known = self._fetched.pop(slot, None)
-            if fetched and known is not None and known[0] == record.key:
-                self._set_checksum(slot, record.generation, known[1])
+            if fetched and known is not None and (known.key, known.published_as) == record:
+                self._set_checksum(slot, record.generation, known.checksum)
             if self._ledger.checksum(slot, record.generation) is not None:
                 self._announce(slot, record.key, record.generation)
             else:
@@ -112,7 +119,7 @@ class Inventory:
         """A fetch has put `key` into a slot of ours; remember the verified checksum until the engine publishes the
         slot.
         """
-        self._fetched[slot] = (key, digest)
+        self._fetched[slot] = _Fetched(key, digest, self._ledger.generation(slot) + 1)
 
     # -- for the peer server and the directory -------------------------------------------------------------------------
 

@@ -154,9 +154,9 @@ async def test_an_older_checksum_never_overwrites_a_newer_one(world: World, monk
     await asyncio.get_running_loop().run_in_executor(None, hashing.wait, 10)
     world.ledger.retract(0)
     world.inventory.retracted([0])
-    world.fill(0, KEYS[1])
     digest = real(world.pool.row(0))
     world.inventory.filled(0, KEYS[1], digest)
+    world.ledger.publish(0, KEYS[1])
     world.inventory.published([0], fetched=True)
     go_on.set()
     await world.hashed()
@@ -199,6 +199,18 @@ async def test_what_a_fetch_left_behind_is_forgotten(world: World) -> None:
     await world.hashed()
     assert world.inventory.locate(KEYS[0]).checksum == xxhash.xxh3_128_digest(world.pool.row(0))  # type: ignore[union-attr]
     assert not world.inventory._fetched
+
+
+async def test_a_slot_that_has_moved_on_since_its_fetch_is_hashed(world: World) -> None:
+    """Fetched, published, evicted and computed anew under the same key, all before the first word of it arrives: the
+    bytes are others now, and so is their checksum.
+    """
+    world.inventory.filled(0, KEYS[0], b"x" * 16)
+    world.ledger.publish(0, KEYS[0])
+    world.fill(0, KEYS[0])
+    world.inventory.published([0], fetched=True)
+    await world.hashed()
+    assert world.inventory.locate(KEYS[0]).checksum == xxhash.xxh3_128_digest(world.pool.row(0))  # type: ignore[union-attr]
 
 
 async def test_changes_that_nobody_takes_are_bounded(world: World) -> None:
