@@ -284,8 +284,7 @@ class Fetcher:
         peer.breaker.begin()
         self._active.add(peer)
         try:
-            loop = asyncio.get_running_loop()
-            outcomes, seconds = await loop.run_in_executor(self._threads, _fetch, peer.transport, run.items, deadline)
+            fetched = await self._in_a_thread(peer.transport, run.items, deadline)
         except Exception:
             # A transport that raises has broken its promise, so its slots may still be written into. Ending the
             # process is the one way left to be sure; the engine starts a new node.
@@ -297,9 +296,22 @@ class Fetcher:
             peer.pulls -= 1
             if not peer.pulls:
                 self._active.discard(peer)
+        if fetched is None:
+            peer.breaker.undecided()
+            return run, [ChunkOutcome(item, MissReason.DEADLINE, None) for item in run.items]
+        outcomes, seconds = fetched
         self._judge(peer, outcomes, seconds)
         self._measure(peer, outcomes, seconds, (others_before + peer.pulls) / 2)
         return run, outcomes
+
+    async def _in_a_thread(
+        self, transport: PeerTransport, items: Sequence[FetchItem], deadline: Deadline
+    ) -> tuple[list[ChunkOutcome], float] | None:
+        """As `_fetch`. None when no thread has begun with it before its deadline; then none ever does."""
+        fetching = self._threads.submit(_fetch, transport, items, deadline)
+        fetched = asyncio.wrap_future(fetching)
+        await asyncio.wait((fetched,), timeout=max(0.0, deadline.remaining_s()))
+        return None if fetching.cancel() else await fetched
 
     def _measure(self, peer: Peer, outcomes: Sequence[ChunkOutcome], seconds: float, others: float) -> None:
         """How fast the peer was, where that can be told: not when it failed, which is its breaker's business."""
@@ -308,6 +320,9 @@ class Fetcher:
             return
         chunks = sum(outcome.reason is None for outcome in outcomes)
         if not chunks and MissReason.DEADLINE in reasons:
+            known = peer.rate.rate
+            if known is not None and known.predict(self._chunk_bytes * (1 + others)) >= seconds:
+                return
             chunks = 1  # not even one has come: it is slower than that
         if chunks:
             peer.measured(chunks * self._chunk_bytes, seconds, others)

@@ -263,6 +263,29 @@ async def test_what_a_failed_holder_owed_is_asked_of_another_at_once(world: Worl
     assert [outcome.reason for outcome in (await job).outcomes] == [None] * CHUNKS
 
 
+async def test_a_fetch_that_finds_no_thread_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long those take that were there before it; and its peer is not blamed for it."""
+    monkeypatch.setattr(fetcher_module, "MAX_THREADS", 1)
+    world = World("a", "b")
+    blocked = threading.Event()
+    for name in ("a", "b"):
+        world.transports[name].faults[KEYS[0]] = Fault(until=blocked)
+    first = asyncio.create_task(world.fetcher.fetch(make_items(KEYS[:1], [0]), 30.0))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(world.fetcher.fetch(make_items(KEYS[1:], [1, 2, 3]), 0.02))
+    done, _ = await asyncio.wait((first, second), return_when=asyncio.FIRST_COMPLETED)
+    assert done == {second}
+    assert {outcome.reason for outcome in second.result().outcomes} == {MissReason.DEADLINE}
+    peer = world.peers.get("b")
+    assert peer is not None
+    assert not peer.breaker.is_open
+    assert peer.rate.rate is None
+    blocked.set()
+    assert [outcome.reason for outcome in (await first).outcomes] == [None]
+    assert not world.fetcher._active
+    world.close()
+
+
 # -- one fetch per key -------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +361,19 @@ async def test_an_allowed_fetch_takes_no_longer_than_computing(world: World) -> 
     assert result.seconds < 30
     assert peer.rate.rate is not None
     assert peer.rate.rate.predict(CHUNK_BYTES) > 0.02, "and it is remembered"
+
+
+async def test_a_deadline_does_not_make_a_slow_peer_look_faster(world: World) -> None:
+    """That a chunk takes longer than the little time that there was is no news of one that takes seconds."""
+    peer = world.peers.get("a")
+    assert peer is not None
+    peer.measured(CHUNK_BYTES, 2.0, 0)
+    before = peer.rate.rate
+    world.transports["a"].faults[KEYS[0]] = Fault(until=threading.Event())
+    for _ in range(4):
+        result = await world.fetcher.fetch(make_items(KEYS, SLOTS), 0.01)
+        assert {outcome.reason for outcome in result.outcomes} == {MissReason.DEADLINE}
+    assert peer.rate.rate == before
 
 
 async def test_fetches_are_measured_and_failures_are_not(world: World) -> None:
