@@ -155,7 +155,7 @@ def test_drained_and_back(cluster: Cluster) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "draining")
     with cluster.pools["a"].lock:
         cluster.pools["a"].engine.put(KEYS[9:10])
-        cluster.pools["a"].engine.node._process.kill()  # its successor is told what it had been told
+        cluster.pools["a"].engine.node._child.kill(gentle=False)  # its successor is told what it had been told
     wait_for(lambda: cluster.pools["a"].engine.node.restarts)
     wait_for(lambda: (cluster.instance("a") or {}).get("sharing") == "drained")
     assert cluster.instance("a")["chunks"] == 0
@@ -181,14 +181,15 @@ def test_what_cannot_be_done_says_why(cluster: Cluster) -> None:
         assert "did not finish in time" in stuck.instances[0]["error"]["message"]
         assert not any(cluster.holders(key) for key in KEYS[:3]), "but nobody else is sent there any more"
 
-    process = pool.engine.node._process
+    pid = pool.engine.node.pid
+    assert pid is not None
     started = cluster.http.post("/operations", json={"kind": "unpin", "instance": "a", "timeout_s": 30}).json()
     assert cluster.http.get(f"/operations/{started['id']}?wait_s=20").json()["state"] == "done"
-    os.kill(process.pid, 19)
+    os.kill(pid, 19)
     try:
         lost = cluster.operate(kind="unpin", instance="a", timeout_s=30)
     finally:
-        os.kill(process.pid, 18)
+        os.kill(pid, 18)
     assert (lost.state, lost.instances[0]["error"]["code"]) == ("failed", "lost")
 
 

@@ -9,9 +9,9 @@ import contextlib
 import logging
 import socket
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 
 from kvmesh.errors import StartupError
 from kvmesh.wire import link
@@ -27,8 +27,9 @@ GENTLE_S = 2.0
 class NodeProcess:
     """The process that is there now, and the link to it. `launch` and `kill` return when it is ready or dead."""
 
-    def __init__(self, log_level: str) -> None:
-        self._log_level = log_level
+    def __init__(self, command: Callable[[int], list[str]]) -> None:
+        """`command` is what to execute, given the number of the node's end of the link."""
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self.connection: socket.socket | None = None
         """Our end of the link to the last process that was started."""
@@ -55,7 +56,7 @@ class NodeProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         descriptors = [theirs.fileno(), start.ledger_fd, *(segment.fd for segment in start.segments)]
         with theirs:
-            command = self.command(theirs.fileno())
+            command = self._command(theirs.fileno())
             self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
         old, self.connection = self.connection, ours
         if old is not None:
@@ -75,10 +76,6 @@ class NodeProcess:
             self.kill(gentle=False)
             raise StartupError("node process", found=first.text)
         return first
-
-    def command(self, link_fd: int) -> list[str]:
-        """What is executed, with its end of the link."""
-        return [sys.executable, "-m", "kvmesh.node", "--link-fd", str(link_fd), "--log-level", self._log_level]
 
     def kill(self, *, gentle: bool) -> None:
         """Return when the process is dead. Gently: by closing the link, which lets it say good-bye to the directory."""

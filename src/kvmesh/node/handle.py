@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -94,7 +95,8 @@ class NodeHandle:
             segments=self._segments,
             engine_pid=os.getpid(),
         )
-        self._child = NodeProcess(log_level)
+        self._log_level = log_level
+        self._child = NodeProcess(self._command)
         self._visible: set[bytes] = set()
         self._asked = AskedKeys()
         self._fastest: Source | None = None
@@ -181,6 +183,9 @@ class NodeHandle:
             while self._untold:
                 self._outgoing.put((self._life, self._untold.popleft()))
         return first
+
+    def _command(self, link_fd: int) -> list[str]:
+        return [sys.executable, "-m", "kvmesh.node", "--link-fd", str(link_fd), "--log-level", self._log_level]
 
     # -- scheduler thread ----------------------------------------------------------------------------------------------
 

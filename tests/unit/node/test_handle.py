@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import pytest
@@ -54,9 +53,8 @@ class LyingHandle(NodeHandle):
 
     script = ""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._child.command = lambda link_fd: [sys.executable, "-S", "-E", "-c", NODE, str(link_fd), self.script]
+    def _command(self, link_fd: int) -> list[str]:
+        return [sys.executable, "-S", "-E", "-c", NODE, str(link_fd), self.script]
 
 
 @pytest.fixture
