@@ -1,4 +1,4 @@
-"""A real browser, and a real cluster to look at. Without a Chromium these tests fail: scripts/setup installs it."""
+"""A real browser, and a real cluster to look at. Without a Chromium these tests fail: scripts/browser sees to one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     chromium = find_chromium()
-    assert chromium is not None, "no Chromium here: scripts/setup installs it"
+    assert chromium is not None, "no Chromium here: scripts/browser sees to one"
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=chromium, args=list(CHROMIUM_FLAGS))
         yield made

@@ -293,7 +293,7 @@ class DeclaredKeys(BaseModel):
     retrieve_locations: tuple[str, ...] = key(
         (),
         "Where hits may come from: pool, peers (LMCache's LocalCPUBackend, P2PBackend). Without peers this instance "
-        "publishes and fetches nothing.",
+        "publishes, and fetches nothing.",
         allowed="a list of: pool, peers, LocalCPUBackend, P2PBackend",
         shown_default="everywhere",
     )

@@ -1,4 +1,4 @@
-"""Limits of this machine and of this session, against the size of the host pool."""
+"""Limits of this machine and of this process, against the size of the host pool."""
 
 from __future__ import annotations
 
