@@ -86,8 +86,8 @@ class TestContent:
             page.goto("/instance?id=prod-1")
             expect(page.locator("tr", has_text="Corrupt chunks")).to_contain_text("none reported")
 
-    def test_search(self, browser, cluster):
-        """A table finds the rows, and says when there are none."""
+    def test_traffic(self, browser, cluster):
+        """A fetch is told with who fetched from whom."""
         with reading(browser, cluster) as page:
             page.goto("/traffic")
             expect(page.locator("tbody tr", has_text="prod-2 ← prod-1").first).to_be_visible()
