@@ -13,6 +13,10 @@ A holder that delivered bad bytes for a key, or again and again nothing, is put 
 named as its holder until it announces the key anew or starts a new life. A snapshot says again what it said before, so
 it lifts nothing; unless it stands for changes that were missed, because these may have announced the key anew.
 
+Memory. One dictionary says who holds a key, as a bit mask, and so also what a member holds; an inventory is a mere
+list, there to be gone through (`kvmesh.core.replica_inventory`). Keys and masks are objects, so equal ones are kept
+once: however many hold a chunk, its key is there once, and another holder costs a place in a list.
+
 Not thread-safe: one thread owns it.
 """
 
@@ -21,9 +25,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kvmesh.core.keys import ChunkKey
+from kvmesh.core.replica_inventory import Holders, Inventory
 
 
 class Applied(NamedTuple):
@@ -53,20 +58,17 @@ class ReplicaStatistics(NamedTuple):
 NOTHING = Applied([], [])
 
 MAX_MEMBER_KEYS = 4_000_000
-"""What one member can make us remember (under 700 MB): further keys are not taken in, which costs only hits."""
+"""What one member can make us remember (under 600 MB): further keys are not taken in, which costs only hits."""
 
 
 class _Member:
-    """One incarnation's inventory. `bit` is its bit in the holder masks."""
+    """One incarnation of an instance."""
 
-    __slots__ = ("bit", "incarnation", "keys", "quarantined", "sequence", "snapshot")
+    __slots__ = ("incarnation", "inventory", "sequence", "snapshot")
 
-    def __init__(self, incarnation: str, bit: int) -> None:
+    def __init__(self, incarnation: str, inventory: Inventory) -> None:
         self.incarnation = incarnation
-        self.bit = bit
-        self.keys: set[ChunkKey] = set()
-        self.quarantined: set[ChunkKey] = set()
-        """Keys out of `keys` for which it is not used; their masks lack its bit."""
+        self.inventory = inventory
         self.sequence: int | None = None
         self.snapshot: set[ChunkKey] | None = None
         """Parts of a snapshot received so far; None when none is under way."""
@@ -81,8 +83,8 @@ class Replica:
         self._names: dict[int, str] = {}
         """Instance id by bit number."""
         self._free_bits: list[int] = []
-        self._masks: dict[ChunkKey, int] = {}
-        """Holders of a key as a bit mask; up to eight instances it costs no object of its own."""
+        self._holders = Holders()
+        self._masks = self._holders.masks
 
     # -- membership ----------------------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class Replica:
         applied = NOTHING if known is None else self.member_down(instance_id, known.incarnation)
         bit_number = self._free_bits.pop() if self._free_bits else len(self._names)
         self._names[bit_number] = instance_id
-        self._members[instance_id] = _Member(incarnation, 1 << bit_number)
+        self._members[instance_id] = _Member(incarnation, Inventory(self._holders, 1 << bit_number))
         return applied
 
     def member_down(self, instance_id: str, incarnation: str) -> Applied:
@@ -102,9 +104,9 @@ class Replica:
         member = self._members.get(instance_id)
         if member is None or member.incarnation != incarnation:
             return NOTHING
-        vanished = self._remove(member, member.keys)
+        vanished = member.inventory.remove_all()
         del self._members[instance_id]
-        bit_number = member.bit.bit_length() - 1
+        bit_number = member.inventory.bit.bit_length() - 1
         del self._names[bit_number]
         self._free_bits.append(bit_number)
         return Applied([], vanished)
@@ -135,8 +137,8 @@ class Replica:
             member.sequence = None
             return Applied([], [], gap=True)
         member.sequence = sequence
-        vanished = self._remove(member, removed)
-        appeared = self._add(member, added)
+        vanished = member.inventory.remove(removed)
+        appeared = member.inventory.add(added, self._max_member_keys)
         if vanished and appeared:
             both = set(vanished).intersection(appeared)
             if both:
@@ -161,16 +163,15 @@ class Replica:
             member.snapshot = set()
         if member.snapshot is None:
             return Applied([], [], gap=True)
-        member.snapshot.update(ChunkKey(key) for key in islice(keys, self._max_member_keys - len(member.snapshot)))
+        member.snapshot.update(map(ChunkKey, islice(keys, self._max_member_keys - len(member.snapshot))))
         if not last:
             return NOTHING
         has_missed = member.sequence is None or sequence > member.sequence
         whole, member.snapshot, member.sequence = member.snapshot, None, sequence
-        vanished = self._remove(member, member.keys - whole)
-        appeared = self._add(member, whole - member.keys)
-        if has_missed:
-            appeared += self._add(member, list(member.quarantined))
-        return Applied(appeared, vanished)
+        inventory = member.inventory
+        vanished = inventory.remove([key for key in inventory if key not in whole])
+        news = whole if has_missed or not inventory.quarantined else whole - inventory.quarantined
+        return Applied(inventory.add(news, self._max_member_keys), vanished)
 
     def quarantine(self, instance_id: str, incarnation: str, key: bytes) -> Applied:
         """Stop naming this life of the instance as a holder of `key`, until it announces the key anew (or may have done
@@ -179,16 +180,14 @@ class Replica:
         Strangers, older lives and keys that the instance does not hold are ignored.
         """
         member = self._members.get(instance_id)
-        if member is None or member.incarnation != incarnation or key not in member.keys:
+        if member is None or member.incarnation != incarnation:
             return NOTHING
-        known = ChunkKey(key)
-        member.quarantined.add(known)
-        return Applied([], [known] if self._clear(member, known) else [])
+        return Applied([], member.inventory.quarantine(ChunkKey(key)))
 
     def quarantined(self, instance_id: str) -> AbstractSet[ChunkKey]:
         """Keys for which this instance is not used."""
         member = self._members.get(instance_id)
-        return frozenset() if member is None else member.quarantined
+        return frozenset() if member is None else member.inventory.quarantined
 
     def mark_stale(self, instance_id: str) -> None:
         """Treat the instance's inventory as behind: its next change is a gap. Entries stay as hints meanwhile."""
@@ -212,11 +211,11 @@ class Replica:
 
     def keys(self) -> AbstractSet[ChunkKey]:
         """Every key that has a holder."""
-        return self._masks.keys()
+        return cast("AbstractSet[ChunkKey]", self._masks.keys())
 
     def holders(self, key: bytes) -> tuple[str, ...]:
         """Instance ids of the holders of one key, oldest member first; empty when nobody is known to hold it."""
-        mask = self._masks.get(ChunkKey(key), 0)
+        mask = self._masks.get(key, 0)
         found = []
         while mask:
             bit = mask & -mask
@@ -233,17 +232,17 @@ class Replica:
 
     def clear_inventories(self) -> Applied:
         """Forget what everybody holds; members stay, and wait for snapshots."""
-        vanished = list(self._masks)
+        vanished = list(self.keys())
         self._masks.clear()
         for member in self._members.values():
-            member.keys, member.quarantined = set(), set()
+            member.inventory.clear()
             member.sequence = member.snapshot = None
         return Applied([], vanished)
 
     def keys_of(self, instance_id: str) -> AbstractSet[ChunkKey]:
         """The inventory of one instance; empty for strangers."""
         member = self._members.get(instance_id)
-        return frozenset() if member is None else member.keys
+        return frozenset() if member is None else member.inventory
 
     # -- care ----------------------------------------------------------------------------------------------------------
 
@@ -252,56 +251,19 @@ class Replica:
             members=len(self._members),
             waiting=sum(1 for member in self._members.values() if member.sequence is None),
             keys=len(self._masks),
-            entries=sum(len(member.keys) for member in self._members.values()),
-            quarantined=sum(len(member.quarantined) for member in self._members.values()),
+            entries=sum(len(member.inventory) for member in self._members.values()),
+            quarantined=sum(len(member.inventory.quarantined) for member in self._members.values()),
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError when masks and inventories disagree. For tests and debug mode: reads everything."""
-        expected: dict[ChunkKey, int] = {}
+        expected: dict[bytes, int] = {}
         bits = 0
         for instance_id, member in self._members.items():
-            assert self._names[member.bit.bit_length() - 1] == instance_id
-            assert not bits & member.bit, f"two members share a bit: {instance_id}"
-            bits |= member.bit
-            assert member.quarantined <= member.keys
-            for key in member.keys - member.quarantined:
-                expected[key] = expected.get(key, 0) | member.bit
+            bit = member.inventory.bit
+            assert self._names[bit.bit_length() - 1] == instance_id
+            assert not bits & bit, f"two members share a bit: {instance_id}"
+            bits |= bit
+            for key in member.inventory.check_integrity():
+                expected[key] = expected.get(key, 0) | bit
         assert expected == self._masks
-
-    def _add(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
-        masks, bit, own, limit = self._masks, member.bit, member.keys, self._max_member_keys
-        quarantined = member.quarantined
-        appeared = []
-        for raw in keys:
-            key = ChunkKey(raw)
-            if len(own) >= limit and key not in own:
-                continue
-            mask = masks.get(key, 0)
-            if not mask:
-                appeared.append(key)
-            masks[key] = mask | bit
-            own.add(key)
-            quarantined.discard(key)
-        return appeared
-
-    def _remove(self, member: _Member, keys: Iterable[bytes]) -> list[ChunkKey]:
-        vanished = []
-        for raw in list(keys):
-            key = ChunkKey(raw)
-            if key not in member.keys:
-                continue
-            member.keys.remove(key)
-            member.quarantined.discard(key)
-            if self._clear(member, key):
-                vanished.append(key)
-        return vanished
-
-    def _clear(self, member: _Member, key: ChunkKey) -> bool:
-        """Take the member's bit out of the key's mask. True when that was the last one."""
-        before = self._masks.get(key, 0)
-        after = before & ~member.bit
-        if after:
-            self._masks[key] = after
-            return False
-        return self._masks.pop(key, None) is not None

@@ -166,7 +166,7 @@ def test_many_members_reuse_their_bits() -> None:
         replica.member_up(f"passing-{life}", "0" * 16)
         replica.apply_snapshot("a", f"{life:016x}", 0, KEYS, True, True)
         replica.member_down(f"passing-{life}", "0" * 16)
-    assert max(replica._masks.values()) < 1 << 4
+    assert max(replica._holders.masks.values()) < 1 << 4
     replica.check_integrity()
 
 
