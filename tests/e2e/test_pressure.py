@@ -1,9 +1,10 @@
 """A pool that holds a tenth of the working set, on real vLLM: evictions all the time while the peer reads, and never a
-wrong byte.
+wrong byte. All that the instances know of each other comes out of a Redis Cluster, where there is a redis-server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pytest
 
 from kvmesh.bench.cluster import complete
 from kvmesh.models import TINY, make_tiny_llama
-from support.servers import Pair, PoolView, node_of, pulled, running_pair, token_prompt
+from support.redis_servers import SERVER, needs_redis, running_redis_cluster
+from support.servers import NO_CONTROLLER, Pair, PoolView, cold_then_pulled, node_of, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -24,9 +26,25 @@ POOL_GB = CHUNKS / 10 * CHUNK_TOKENS * TINY.kv_bytes_per_token(4) / 1024**3
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pressure")
     config = {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
-    with running_pair(tmp_path_factory.mktemp("pressure"), make_tiny_llama(shape=TINY), config=config) as running:
-        yield running
+    with contextlib.ExitStack() as stack:
+        if SERVER is not None:
+            masters = stack.enter_context(running_redis_cluster(folder / "redis", masters=3))
+            config |= NO_CONTROLLER | {
+                "lookup_url": f"redis+cluster://localhost:{masters[0].port},localhost:{masters[1].port}"
+            }
+        yield stack.enter_context(running_pair(folder, make_tiny_llama(shape=TINY), config=config))
+
+
+@needs_redis
+def test_redis_cluster_instead_of_the_controller(pair: Pair) -> None:
+    """What one instance has prefilled, the other pulls, and nobody can tell from the text."""
+    for seed in range(2):
+        cold, again, chunks = cold_then_pulled(pair, token_prompt(1100, seed), max_tokens=8)
+        assert again.text == cold.text
+        assert chunks == 1100 // CHUNK_TOKENS, pair.show_logs()
+    assert not pair.controller.instances(), "nobody has told it anything"
 
 
 def test_thousands_of_evictions_no_wrong_text(pair: Pair) -> None:

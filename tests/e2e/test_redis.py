@@ -10,7 +10,7 @@ from kvmesh.bench.cluster import complete
 from kvmesh.models import make_tiny_llama
 from process.controller_nodes import wait_for
 from support.redis_servers import needs_redis, running_redis
-from support.servers import CHUNK_TOKENS, cold_then_pulled, pulled, running_pair, token_prompt
+from support.servers import CHUNK_TOKENS, NO_CONTROLLER, cold_then_pulled, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), needs_redis]
 
@@ -21,10 +21,7 @@ def test_redis_instead_of_the_controller(tmp_path: Path) -> None:
     """
     model = make_tiny_llama()
     with running_redis(tmp_path / "redis") as redis:
-        config = {
-            "enable_controller": False,
-            "controller_pull_url": None,
-            "controller_reply_url": None,
+        config = NO_CONTROLLER | {
             "lookup_url": f"localhost:{redis.port}",
             "replica_max_chunks": 20,
             "heartbeat_interval_s": 0.5,

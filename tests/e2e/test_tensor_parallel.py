@@ -1,4 +1,6 @@
-"""Tensor parallel: vLLM's pool holds all ranks of a chunk in one row, so a chunk of TP=2 travels as one."""
+"""Tensor parallel: vLLM's pool holds all ranks of a chunk in one row, so a chunk of TP=2 travels as one. These servers
+have no directory but each other.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_two_ranks_share_as_one(tmp_path: Path) -> None:
-    """Two instances of two ranks each: whole chunks are pulled, text and bytes are the holder's, and the format says
-    tp2.
+    """Two instances of two ranks each, which know each other by `static_peers`: whole chunks are pulled, text and bytes
+    are the holder's, and the format says tp2.
     """
     last = (os.cpu_count() or 2) - 1
     env = {"VLLM_CPU_OMP_THREADS_BIND": f"0|{last}"}
     arguments = ("--no-enable-prefix-caching", "--tensor-parallel-size", "2")
-    config = {"max_local_cpu_size": 0.5}
+    options = {"arguments": arguments, "max_model_len": 4096, "env": env}
     model = make_tiny_llama(shape=TINY)
-    with running_pair(tmp_path, model, config=config, arguments=arguments, max_model_len=4096, env=env) as pair:
+    with running_pair(tmp_path, model, config={"max_local_cpu_size": 0.5}, without_directory=True, **options) as pair:
         for seed in range(2):
             cold, again, chunks = cold_then_pulled(pair, token_prompt(2000, seed))
             assert again.text == cold.text
@@ -34,5 +36,5 @@ def test_two_ranks_share_as_one(tmp_path: Path) -> None:
         assert all(held[key] == copied[key] for key in both)
         for view in views:
             view.close()
-        (one, _) = pair.controller.instances()
-        assert "tp2" in str(one["format"])
+        assert not pair.controller.instances(), "nobody has told it anything"
+        assert "tp2" in pair.first.log()

@@ -31,6 +31,12 @@ class Pair(NamedTuple):
         return "\n".join(f"--- {process.name}\n{tail(process.log(), 60)}" for process in self)
 
 
+NO_CONTROLLER: Mapping[str, object] = {
+    "enable_controller": False,
+    "controller_pull_url": None,
+    "controller_reply_url": None,
+}
+"""For another directory."""
 STEADY = {"fetch_gate": "off"}
 """So small a model on so busy a machine may well be quicker to compute than to fetch."""
 
@@ -44,22 +50,29 @@ def running_pair(
     arguments: Sequence[str] = ("--no-enable-prefix-caching",),
     max_model_len: int = 8192,
     env: Mapping[str, str] | None = None,
+    without_directory: bool = False,
 ) -> Iterator[Pair]:
     """A controller and two instances that know each other; everything ends with the block. Unless `config` says
-    otherwise, whatever a peer holds is fetched.
+    otherwise, whatever a peer holds is fetched. `without_directory`: they have each other as `static_peers`, and the
+    controller hears nothing.
     """
     with contextlib.ExitStack() as stack:
         controller = Controller(folder)
         stack.callback(controller.stop)
         controller.start()
         wait_healthy(controller, timeout_s=60)
+        changed = STEADY | dict(config or {}) | (NO_CONTROLLER if without_directory else {})
+        configs = [instance_config(number, controller, **changed) for number in (1, 2)]
+        if without_directory:
+            addresses = [f"localhost:{one['p2p_init_ports']}" for one in configs]
+            configs = [one | {"static_peers": addresses} for one in configs]
         instances = []
-        for number in (1, 2):
+        for number, written in enumerate(configs, start=1):
             instance = Instance(
                 f"instance-{number}",
                 model,
                 folder,
-                instance_config(number, controller, **(STEADY | dict(config or {}))),
+                written,
                 core=number - 1,
                 arguments=arguments,
                 max_model_len=max_model_len,

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.bench.cluster import Controller, free_ports, wait_healthy
-from kvmesh.bench.directory_witness import KEYS_PER_QUESTION, Witness
-from kvmesh.bench.swarm import MakeLink, Swarm, SwarmPlan, make_format, make_instance, percentile
+from kvmesh.bench.cluster import Controller, free_ports, metric, wait_healthy
+from kvmesh.bench.directory_witness import KEYS_PER_QUESTION, QUESTIONS_AT_ONCE, Witness
+from kvmesh.bench.swarm import KEY, MakeLink, Swarm, SwarmPlan, make_format, make_instance, percentile
 from kvmesh.bench.swarm_controller import ControllerLink, ControllerUrls
 from kvmesh.bench.swarm_redis import RedisPlace, SwarmRedisLink
 from kvmesh.config import KVMeshConfig
@@ -41,8 +41,10 @@ from kvmesh.wire.redis_layout import Layout
 CLUSTER = "bench"
 WAIT_S = 600.0
 JOINS_PER_S = 200.0
-INDEXED_JOINS_PER_S = 3.0
+INDEXED_JOINS_PER_S = 40.0
 """While somebody asks, a publisher that joins writes an index entry per chunk."""
+PROBES = 50
+"""Chunks whose way to somebody who asks is timed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Cell:
     node_entries: int
     node_cpu_percent: float
     questions_per_s: float | None
+    """With QUESTIONS_AT_ONCE under way; the times are those of one after the other."""
     question_p50_ms: float | None
     question_p99_ms: float | None
     resync_s: float | None
@@ -194,10 +197,13 @@ def _measure(plan: DirectoryPlan, kind: str, mode: str, size: int) -> Cell:
         elapsed_s = time.monotonic() - begun_s
         cpu_percent = 100 * (_cpu_s(process) - spent_s) / elapsed_s
         after = swarm.statistics()
-        asked = None
+        asked = asked_at_once = None
+        delays_s = node.delays_s
         if mode == "query":
             keys = list(make_instance(swarm_plan, 0).inventory)
-            asked = witness.question(keys, min(5.0, plan.seconds))
+            asked = witness.question(keys, plan.seconds / 2)
+            asked_at_once = witness.question(keys, plan.seconds / 2, at_once=QUESTIONS_AT_ONCE)
+            delays_s = _find_news(swarm_plan, make_link, witness)
         rss_mb = process.memory_info().rss / 1e6
         swarm.publish(0)
         resync_s = None
@@ -216,18 +222,39 @@ def _measure(plan: DirectoryPlan, kind: str, mode: str, size: int) -> Cell:
             events_sent=after.events_sent - before.events_sent,
             late_events=after.late_events - before.late_events,
             join_s=join_s,
-            visible_p50_ms=_ms(node.delays_s, 0.5),
-            visible_p99_ms=_ms(node.delays_s, 0.99),
+            visible_p50_ms=_ms(delays_s, 0.5),
+            visible_p99_ms=_ms(delays_s, 0.99),
             directory_rss_mb=rss_mb,
             directory_cpu_percent=cpu_percent,
             node_rss_mb=node.rss_bytes / 1e6,
             node_entries=node.entries,
             node_cpu_percent=100 * node.cpu_s / elapsed_s,
-            questions_per_s=None if asked is None else asked.questions / max(sum(asked.question_seconds), 1e-9),
+            questions_per_s=None if asked_at_once is None else asked_at_once.questions / (plan.seconds / 2),
             question_p50_ms=None if asked is None else _ms(asked.question_seconds, 0.5),
             question_p99_ms=None if asked is None else _ms(asked.question_seconds, 0.99),
             resync_s=resync_s,
         )
+
+
+def _find_news(plan: SwarmPlan, make_link: MakeLink, witness: Witness) -> list[float]:
+    """How long it takes from publishing a chunk until who asks for it is told a holder, in seconds."""
+    instance = make_instance(replace(plan, chunks=1), plan.instances * plan.formats)  # of the witness's format
+    with contextlib.closing(make_link(replace(plan, instances=1))) as link:
+        link.join(instance)
+        until_s = time.monotonic() + WAIT_S
+        while not link.statistics.joined and time.monotonic() < until_s:
+            link.poll(0.02)
+        delays_s: list[float] = []
+        for number in range(PROBES + 1):
+            link.beat(instance)
+            link.poll(0.02)
+            key = KEY.pack(time.monotonic_ns(), number, instance.number, 0, 0, 0)
+            instance.inventory.append(key)
+            instance.sequence += 1
+            link.publish(instance, key, instance.inventory.popleft())
+            link.poll(0.0)
+            delays_s += witness.find(key).delays_s[-1:]
+        return delays_s[1:]  # the first includes joining
 
 
 def _directory(
@@ -256,14 +283,14 @@ def _directory(
             "index_mode": mode,
         }
     )
-    return controller, config, functools.partial(ControllerLink, ControllerUrls(pull, reply))
+    return controller, config, functools.partial(ControllerLink, ControllerUrls(pull, reply, asks=mode == "query"))
 
 
 def _entries(server: Controller | _RedisServer, plan: SwarmPlan) -> int:
     """Pairs of chunk and holder that the directory knows; 0 while it does not answer."""
     if isinstance(server, Controller):
         try:
-            return sum(int(str(row["chunks"])) for row in server.instances())
+            return int(metric(server.url, "kvmesh_controller_entries"))
         except Exception:  # it is starting
             return 0
     client: Any = redis.Redis(port=server.port)
@@ -303,7 +330,11 @@ def _show(console: Console, cells: Sequence[Cell], machine: str) -> None:
     for cell in cells:
         table.add_row(*(text for _, text in _columns(cell)))
     console.print(table)
-    console.print(f"A question is about {KEYS_PER_QUESTION} chunks, one question after the other.", style="dim")
+    console.print(
+        f"A question is about {KEYS_PER_QUESTION} chunks: one client, {QUESTIONS_AT_ONCE} under way for the rate, one "
+        "after the other for the times.",
+        style="dim",
+    )
 
 
 def _columns(cell: Cell) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,9 @@ from kvmesh.wire.directory import Answer, Ask, Changes, Member, NodeStatistics, 
 from kvmesh.wire.peer import Hello
 
 KEYS_PER_QUESTION = 16
+QUESTIONS_AT_ONCE = 16
 ANSWER_S = 120.0
+FIND_S = 30.0
 
 
 @dataclass(kw_only=True)
@@ -55,9 +57,15 @@ class Witness:
         """What has come since the last report."""
         return self._ask("report", [])
 
-    def question(self, keys: Sequence[bytes], seconds: float) -> WitnessReport:
-        """Ask for 16 of `keys` at a time, one question after the other."""
-        return self._ask(str(seconds), list(keys))
+    def question(self, keys: Sequence[bytes], seconds: float, *, at_once: int = 1) -> WitnessReport:
+        """Ask for 16 of `keys` at a time, one question after the other; `at_once` such rows of questions at a time."""
+        return self._ask(f"{at_once} {seconds}", list(keys))
+
+    def find(self, key: bytes) -> WitnessReport:
+        """Ask for a chunk of a swarm until somebody holds it. How long that took since its key was made is the last of
+        the report's delays.
+        """
+        return self._ask("find", [key])
 
     def close(self) -> None:
         """End the process."""
@@ -121,8 +129,12 @@ class _Node:
             while True:
                 what, keys = await loop.run_in_executor(None, pipe.recv)
                 report = WitnessReport()
-                if what != "report":
-                    await self._question(report, keys, float(what))
+                if what == "find":
+                    await self._find(keys[0])
+                elif what != "report":
+                    at_once, _, seconds = what.partition(" ")
+                    rows = (self._question(report, keys, float(seconds)) for _ in range(int(at_once)))
+                    await asyncio.gather(*rows)
                 self._fill(report)
                 pipe.send(report)
         except (EOFError, OSError):
@@ -136,6 +148,12 @@ class _Node:
             report.questions += 1
             report.unanswered += found is None
             report.question_seconds.append(time.monotonic() - now_s)
+
+    async def _find(self, key: bytes) -> None:
+        until_s = time.monotonic() + FIND_S
+        while not await self._client.ask([key]) and time.monotonic() < until_s:
+            await asyncio.sleep(0.001)
+        self._heard.hear(key, time.monotonic_ns())
 
     def _fill(self, report: WitnessReport) -> None:
         known = self._replica.statistics()

@@ -29,6 +29,8 @@ class ControllerUrls:
     pull: str
     reply: str
     cluster_key: str | None = field(default=None, repr=False)
+    asks: bool = False
+    """The instances ask who holds a chunk, so they are told no inventories."""
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class ControllerLink:
         instance.session = session
         self._sessions[dealer] = session
         self._poller.register(dealer, zmq.POLLIN)
-        dealer.send(wire.encode(wire.Register(instance.member)))
+        dealer.send(wire.encode(wire.Register(instance.member, asks=self._urls.asks)))
 
     def publish(self, instance: SimulatedInstance, added: bytes, removed: bytes) -> None:
         session = instance.session
@@ -138,7 +140,7 @@ class ControllerLink:
         elif isinstance(notice, wire.Registered):
             self._registered(session, notice)
         elif isinstance(notice, wire.HeartbeatAck) and not notice.known:
-            session.dealer.send(wire.encode(wire.Register(session.instance.member)))
+            session.dealer.send(wire.encode(wire.Register(session.instance.member, asks=self._urls.asks)))
         elif isinstance(notice, wire.Resync):
             self.statistics.resyncs += 1
             self._upload(session)

@@ -157,7 +157,7 @@ def directory(
     chunks: Annotated[int, typer.Option(min=1, help="Chunks that each of them holds; all are different.")] = 3000,
     formats: Annotated[int, typer.Option(min=1, help="Formats: an instance follows those of its own.")] = 20,
     events: Annotated[float, typer.Option(min=1, help="Changes per second, in all, at the largest number.")] = 10_000.0,
-    seconds: Annotated[float, typer.Option(min=1, help="How long each is measured.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each is measured.")] = 5.0,
     directories: Annotated[str, typer.Option(help="controller, redis, or both with a comma.")] = "controller,redis",
     modes: Annotated[str, typer.Option(help="replica, query, or both with a comma.")] = "replica,query",
     plot: Annotated[

@@ -31,15 +31,19 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOT_PAUSE_S = 0.02
 """Requests for snapshots gather for so long, so that members that come together share one encoding."""
-FLUSH_PAUSE = 1.5
-"""After Changes were sent on, others follow no sooner than so many times what that took: sending them on never takes
-more than two fifths of the loop, and the more there is to send, the more goes into each frame.
+FLUSH_PAUSE = 9.0
+"""After Changes were sent on, others follow no sooner than so many times the CPU time that it took: a tenth of a core,
+and the more there is to send, the more goes into each frame. ZMQ's own thread has several times as much to do with a
+frame as we have (a system call, and on one machine the receiver's side of it).
 """
+BEHIND_PAUSE_S = 0.2
+"""So much longer while more waits to be read: what a controller that is behind saves on frames lets it catch up."""
 SHARED_FRAME_BYTES = 64 * 1024
 """From here on a frame is shared between the queues of its receivers; below, copying it is cheaper."""
 SHARED_BY_MANY_BYTES = 2 * 1024
 MANY_RECEIVERS = 16
 """For so many receivers from there on: a thousand copies of what waits for slow members would be gigabytes."""
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
 class FeedStatistics(NamedTuple):
@@ -160,26 +164,25 @@ class Feed:
         if isinstance(event, wire.Snapshot) and event.last:
             self._owed.set()
 
-    def _after_events(self) -> None:
-        """Send on what the members have told, now or when it is time."""
+    def _after_events(self, is_empty: bool) -> None:
+        """Send on what the members have told, now or when it is time. `is_empty`: nothing more waits to be read."""
         if self._flush_timer is not None or not self._registry.has_held():
             return
-        wait_s = self._flush_due_s - self._clock()
+        wait_s = self._flush_due_s - self._clock() + (0.0 if is_empty else BEHIND_PAUSE_S)
         if wait_s <= 0:
             self._flush()
-        else:
+        elif is_empty:
             self._flush_timer = asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
         self._flush_timer = None
-        started_s = self._clock()
+        now_s, spent_s = self._clock(), time.thread_time()
         try:
-            self.send(self._registry.flush(started_s), started_s)
+            self.send(self._registry.flush(now_s), now_s)
         except Exception as error:  # a bug of ours costs these changes, and members that miss them ask for snapshots
             self._handler_errors += 1
             self._complain("handler_error", "pull", [], error)
-        ended_s = self._clock()
-        self._flush_due_s = ended_s + FLUSH_PAUSE * (ended_s - started_s)
+        self._flush_due_s = self._clock() + FLUSH_PAUSE * (time.thread_time() - spent_s)
 
     def _complain(self, event: str, socket: str, frames: list[zmq.Frame], error: Exception) -> None:
         address = _address(frames)
@@ -225,7 +228,9 @@ class Feed:
 
     def _send_one(self, peer: Peer, payload: bytes | zmq.Frame, *, copy: bool) -> SendFailure | None:
         try:
-            self._routers[peer.socket].send_multipart([peer.routing_id, payload], zmq.NOBLOCK, copy=copy)
+            router = self._routers[peer.socket]  # as `send_multipart` does it, which takes twice as long
+            router.send(peer.routing_id, _MORE)  # room for one is room for both
+            router.send(payload, zmq.NOBLOCK, copy=copy)
         except zmq.Again:
             return SendFailure.FULL
         except zmq.ZMQError as error:
