@@ -16,6 +16,7 @@ from kvmesh.cli.chunks import (
     chosen_chunks,
 )
 from kvmesh.cli.complete import complete_instance
+from kvmesh.cli.node_drain import ANSWER_S, drain_node
 from kvmesh.cli.operations import (
     ask_first,
     follow,
@@ -246,6 +247,12 @@ def drain(
         typer.Option(min=0, metavar="CHUNKS", help="Most hot chunks that others take over; 0: none."),
     ] = None,
     stay: Annotated[bool, typer.Option("--stay", help="Do not leave the cluster (see resume).")] = False,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Without a controller: the admin port of the instance's own node, which does it all."
+        ),
+    ] = None,
     yes: YesFlag = False,
     within: WithinOption = "10m",
     wait: WaitFlag = True,
@@ -261,11 +268,15 @@ def drain(
     ```text
     kvmesh ops drain engine-a --yes && kubectl delete pod engine-a
     kvmesh ops drain engine-a --stay      # kvmesh ops resume engine-a undoes it
+    kvmesh ops drain engine-a --yes --node http://127.0.0.1:8500     # with Redis or static_peers as the directory
     ```
 
     Its engine goes on serving requests from its own pool.
     """
     ask_first(f"drain {instance}" + ("?" if stay else ", and have it leave?"), yes=yes)
+    if node is not None:
+        with open_api(node, ca, cluster_key_file, parse_duration(within, "--within") + ANSWER_S, what="node") as api:
+            raise typer.Exit(drain_node(api, instance, hand_over, within, leave=not stay, as_json=as_json))
     body: dict[str, object] = {"kind": "drain", "instance": instance, "leave": not stay}
     body |= {} if hand_over is None else {"hand_over": hand_over}
     with open_api(controller, ca, cluster_key_file) as api:

@@ -62,14 +62,19 @@ KeyOption = Annotated[
 
 @contextlib.contextmanager
 def open_api(
-    controller: str, ca: Path | None, key_file: Path | None = None, timeout_s: float | None = None
+    controller: str,
+    ca: Path | None,
+    key_file: Path | None = None,
+    timeout_s: float | None = None,
+    *,
+    what: str = "controller",
 ) -> Iterator[ControllerApi]:
-    """The controller that the options name. Raises ConfigError; nothing is asked yet."""
+    """The controller (or a node's admin port) that the options name. Raises ConfigError; nothing is asked yet."""
     from kvmesh.cli.key import find_token
     from kvmesh.client import ControllerApi, ControllerTarget
     from kvmesh.client.http import TIMEOUT_S
 
-    target = ControllerTarget.parse(controller, ca)
+    target = ControllerTarget.parse(controller, ca, what)
     api = ControllerApi(target, token=lambda: find_token(key_file), timeout_s=timeout_s or TIMEOUT_S)
     with contextlib.closing(api):
         yield api

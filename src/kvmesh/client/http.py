@@ -29,6 +29,8 @@ MAX_ANSWER_BYTES: Final = 256 << 20
 """A lookup of 10,000 keys in a cluster of a thousand instances stays far below."""
 _KEY_HINT = "give --cluster-key-file or KVMESH_CLUSTER_KEY"
 
+_START_HINT = f"start one with `kvmesh controller`, or give --controller (or {CONTROLLER_VARIABLE})"
+
 _T = TypeVar("_T")
 _ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 _CONTROL = re.compile(
@@ -44,9 +46,11 @@ class ControllerTarget(NamedTuple):
     url: str
     """Scheme, host and port, without a slash at the end."""
     ca_file: str | None = None
+    what: str = "controller"
+    """Or `node`: its admin port answers in the same way."""
 
     @classmethod
-    def parse(cls, text: str, ca_file: Path | None = None) -> ControllerTarget:
+    def parse(cls, text: str, ca_file: Path | None = None, what: str = "controller") -> ControllerTarget:
         """Read `host:port`, `http://host:port` or `https://host:port`. Raises ConfigError."""
         scheme, separator, rest = text.strip().rpartition("://")
         scheme = scheme if separator else "http"
@@ -56,14 +60,14 @@ class ControllerTarget(NamedTuple):
                 raise ValueError(f"the scheme {scheme!r} is not supported, only http and https")
             parse_host_port(rest.rstrip("/"))
         except ValueError as error:
-            expected = "the address of a controller's HTTP port, such as 10.0.0.5:9000 or https://controller:9000"
-            problem = ConfigProblem("--controller", CONTROLLER_VARIABLE, expected, repr(text[:200]), str(error))
+            expected = f"the address of a {what}'s HTTP port, such as 10.0.0.5:9000 or https://controller:9000"
+            problem = ConfigProblem(f"--{what}", CONTROLLER_VARIABLE, expected, repr(text[:200]), str(error))
         if problem is not None:
             raise ConfigError([problem])
         if ca_file is not None and not ca_file.is_file():
             found = ConfigProblem("--ca", CONTROLLER_CA_VARIABLE, "a file with certificates (PEM)", str(ca_file))
             raise ConfigError([found])
-        return cls(f"{scheme}://{rest.rstrip('/')}", None if ca_file is None else str(ca_file))
+        return cls(f"{scheme}://{rest.rstrip('/')}", None if ca_file is None else str(ca_file), what)
 
     @property
     def host(self) -> str:
@@ -224,8 +228,8 @@ class ControllerApi:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Errors of the network, in words that say what to do."""
-        thing = f"controller at {self.target.url}"
-        hint = f"start one with `kvmesh controller`, or give --controller (or {CONTROLLER_VARIABLE})"
+        thing = f"{self.target.what} at {self.target.url}"
+        hint = "give the admin_port of a node that runs" if self.target.what == "node" else _START_HINT
         try:
             yield
         except httpx.TimeoutException as error:
@@ -249,7 +253,7 @@ class ControllerApi:
         return self.target.url.startswith("http:")
 
     def _refuse(self, answer: httpx.Response) -> None:
-        thing = f"controller at {self.target.url}"
+        thing = f"{self.target.what} at {self.target.url}"
         try:
             told = _decode(answer.content, ApiErrorAnswer).error
         except (msgspec.MsgspecError, ValueError):

@@ -28,6 +28,8 @@ from kvmesh.controller.operations import Operation, Part
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.selection import Selection, is_sharing
 from kvmesh.core.keys import ChunkKey
+from kvmesh.core.share_out import Room
+from kvmesh.core.share_out import share_out as core_share_out
 from kvmesh.wire.control import ControlError
 from kvmesh.wire.operations import (
     MAX_HOT,
@@ -256,22 +258,8 @@ class Runs:
 
 
 def share_out(receivers: Sequence[Instance], keys: Sequence[bytes]) -> list[tuple[str, list[bytes]]]:
-    """Who takes which: in their order, to whoever has the most room; when there is no room left, evenly, so that hot
-    chunks push out cold ones, up to half of a pool.
-    """
-    room = {other.instance_id: other.member.slots - _chunks(other) for other in receivers}
-    most = {other.instance_id: max(room[other.instance_id], other.member.slots // 2) for other in receivers}
-    taken: dict[str, list[bytes]] = {other.instance_id: [] for other in receivers}
-    rest = list(keys)
-    for name in sorted(room, key=lambda name: -room[name]):
-        fits = max(0, room[name])
-        taken[name], rest = rest[:fits], rest[fits:]
-    each = -(-len(rest) // len(receivers)) if rest else 0
-    for name, mine in taken.items():
-        fits = max(0, min(each, most[name] - len(mine)))
-        mine.extend(rest[:fits])
-        rest = rest[fits:]
-    return [(name, mine) for name, mine in taken.items() if mine]
+    """Who takes which (`kvmesh.core.share_out`)."""
+    return core_share_out({other.instance_id: Room(other.member.slots, _chunks(other)) for other in receivers}, keys)
 
 
 def _chunks(instance: Instance) -> int:

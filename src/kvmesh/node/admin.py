@@ -1,5 +1,5 @@
-"""The node's admin port: `/healthz`, `/metrics` and what `admin_requests` adds, over HTTP. Runs on the node's event
-loop.
+"""The node's admin port: `/healthz`, `/metrics` and what `admin_requests` and `admin_operations` add, over HTTP. Runs
+on the node's event loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvmesh.errors import StartupError
-from kvmesh.node import admin_requests
+from kvmesh.node import admin_operations, admin_requests
 
 if TYPE_CHECKING:
     from kvmesh.node.process import Node
@@ -108,7 +108,14 @@ def make_app(node: Node) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
-    return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", metrics), *admin_requests.routes(node)])
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/metrics", metrics),
+            *admin_requests.routes(node),
+            *admin_operations.routes(node),
+        ]
+    )
 
 
 def bind_admin(host: str, port: int) -> socket.socket:

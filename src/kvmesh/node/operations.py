@@ -20,7 +20,17 @@ from kvmesh.core.keys import ChunkKey
 from kvmesh.node.tokens import tokenize
 from kvmesh.wire import control
 from kvmesh.wire.control import ControlError
-from kvmesh.wire.operations import MAX_HOT, ClearChunks, PinChunks, Report, RunState, Sharing, UnpinChunks, WarmChunks
+from kvmesh.wire.operations import (
+    MAX_HOT,
+    AnyCommand,
+    ClearChunks,
+    PinChunks,
+    Report,
+    RunState,
+    Sharing,
+    UnpinChunks,
+    WarmChunks,
+)
 
 if TYPE_CHECKING:
     from kvmesh.node.listener import NodeListener
@@ -82,6 +92,17 @@ class NodeOperations:
             entry.ended.set()
         if report.keys:
             asyncio.get_running_loop().call_later(KEYS_KEPT_S, entry.forget_keys)
+
+    async def begin(self, command: AnyCommand, timeout_s: float) -> str:
+        """Hand a command to the engine; returns the operation's id. Raises ControlError."""
+        operation_id = secrets.token_hex(8)
+        await self._start(control.StartOperation(operation_id=operation_id, command=command, timeout_s=timeout_s))
+        return operation_id
+
+    async def finish(self, command: AnyCommand, timeout_s: float) -> Report:
+        """Have the engine carry out a command to its end, or until its time is up. Raises ControlError."""
+        tell = control.TellOperation(operation_id=await self.begin(command, timeout_s), wait_s=timeout_s + GRACE_S)
+        return (await self._tell(tell)).report
 
     async def _start(self, question: control.StartOperation) -> control.Told:
         known = self._entries.get(question.operation_id)

@@ -54,6 +54,7 @@ from kvmesh.wire.peer import (
     MessageError,
     NixlAttach,
     NixlMetadata,
+    Offer,
     Ping,
     Place,
     Pong,
@@ -99,6 +100,14 @@ class FollowServing(Protocol):
 
     def serve(self, stream: PeerStream, request: Follow, patience: Deadline, closing: threading.Event) -> None:
         """Tell one follower everything until it leaves or `closing` is set. Raises KVMeshError."""
+        ...
+
+
+class OfferTaking(Protocol):
+    """What taking chunks over needs (see `kvmesh.node.drain`)."""
+
+    def take(self, offer: Offer) -> Message:
+        """Accepted or Refused; may take some seconds."""
         ...
 
 
@@ -151,6 +160,7 @@ class PeerServer:
         shm: ShmServing | None = None,
         security: PeerSecurity = OPEN,
         following: FollowServing | None = None,
+        offers: OfferTaking | None = None,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
         stall_timeout_s: float = 10.0,
@@ -171,6 +181,7 @@ class PeerServer:
             shm: lets peers of this host read our slots by themselves; None when that is not offered.
             security: the cluster key and TLS, where there are any.
             following: tells peers what we hold, for those without a directory; None when nobody is to be told.
+            offers: takes over the chunks of peers that are about to leave; None when that is not done here.
             max_connections: further ones take the place of idle ones, or are refused when there is none.
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
@@ -186,6 +197,7 @@ class PeerServer:
         self._shm = shm
         self._security = security
         self._following = following
+        self._offers = offers
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
@@ -439,7 +451,7 @@ class PeerServer:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach) -> Message:
+    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach | Offer) -> Message:
         if isinstance(request, Ping):
             return Pong(request.nonce)
         if isinstance(request, Lookup):
@@ -448,6 +460,10 @@ class PeerServer:
             return Validated([self._validate(asked.slot, asked.generation) for asked in request.slots])
         if isinstance(request, ShmAttach):
             return Refused("unsupported", "memory is shared over the unix socket of a node that offers shm")
+        if isinstance(request, Offer):
+            return (
+                Refused("unsupported", "nothing is taken over") if self._offers is None else self._offers.take(request)
+            )
         if self._nixl is None:
             return Refused("unsupported", "nixl is not offered here")
         try:

@@ -37,6 +37,7 @@ from kvmesh.node.admin import bind_admin, serve_admin
 from kvmesh.node.answers import answer_questions
 from kvmesh.node.asker import Asker
 from kvmesh.node.control import Control
+from kvmesh.node.drain import Drain
 from kvmesh.node.explainer import Neighbourhood
 from kvmesh.node.fetch_summary import FetchSummary, FetchTotals
 from kvmesh.node.fetcher import Fetcher, JobResult, make_items
@@ -52,6 +53,7 @@ from kvmesh.node.request_log import RequestLog
 from kvmesh.node.transports import Transports
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
+from kvmesh.wire.auth import ClusterKey
 from kvmesh.wire.directory import Answer, Ask, Changes, Member, NodeStatistics, Snapshot, UseReport
 from kvmesh.wire.operations import Sharing
 
@@ -119,6 +121,7 @@ class Node:
             quarantine=self._quarantine,
             policy=config.gate_policy,
         )
+        self.drain = Drain(self, self._transports)
         self._prober = Prober(self.replica, self.peers, self._transports.make, pool.chunk_bytes, self._tell_rates)
         self.server = PeerServer(
             pool,
@@ -132,6 +135,7 @@ class Node:
             shm=self._transports.shm_holder,
             security=self._transports.security,
             following=self.following,
+            offers=self.drain,
         )
 
     @property
@@ -143,6 +147,16 @@ class Node:
     def directory_problem(self) -> str:
         """What is wrong with the directory now, in words; empty when all is well."""
         return "" if self._directory is None else self._directory.problem
+
+    @property
+    def asks(self) -> bool:
+        """Whether the directory is asked for chunks; if not, the replica has them."""
+        return self._asks
+
+    @property
+    def cluster_key(self) -> ClusterKey | None:
+        """What the members share; None without."""
+        return self._transports.cluster_key
 
     @property
     def slots(self) -> int:
@@ -196,6 +210,7 @@ class Node:
             self.format.format_id(),
         )
         self.following.start(member)
+        self.drain.start()
         tasks: list[Coroutine[None, None, None]] = []
         if self._admin is not None:
             tasks.append(serve_admin(self, self._admin))

@@ -50,6 +50,11 @@ A holder that offers shm listens on an abstract unix socket besides, whose name 
 (`kvmesh.transfer.shm_holder`). There both sides speak this same protocol, greeting and Proofs included, without TLS;
 both look at the other's user id, which the kernel vouches for, and end the connection when it is not their own.
 
+Handing over
+
+     |-- Offer(keys, seconds) ------------->|   the holder of these is about to leave, and nobody else has them
+     |<------------ Accepted or Refused ----|   Accepted: the other side's engine is going to fetch them, if it can
+
 Besides: Lookup/Held (direct lookup, when no directory is reachable), Ping/Pong (is the peer's process alive?) and
 Follow, after which the conversation is another one (`kvmesh.wire.follow`).
 
@@ -191,6 +196,14 @@ class Resolve(Message, frozen=True):
     keys: Keys
 
 
+class Offer(Message, frozen=True):
+    """Take these chunks over: fetch them into your own pool, in this order."""
+
+    keys: Keys
+    seconds: Annotated[float, Meta(gt=0, le=3600)]
+    """So long they can be fetched."""
+
+
 class SlotGeneration(msgspec.Struct, frozen=True, array_like=True):
     slot: Word
     generation: Word
@@ -216,6 +229,10 @@ class Held(Message, frozen=True):
 
 class Pong(Message, frozen=True):
     nonce: Word
+
+
+class Accepted(Message, frozen=True):
+    """The chunks of an Offer will be fetched; the directory says when they are held."""
 
 
 class NixlMetadata(Message, frozen=True):
@@ -259,8 +276,8 @@ class Validated(Message, frozen=True):
     """16 bytes: VALID. Empty: STALE."""
 
 
-Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate | ShmAttach
-Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated | ShmAttached
+Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate | ShmAttach | Offer
+Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated | ShmAttached | Accepted
 Greeting = Hello | Refused
 Proven = Proof | Refused
 UNAUTHENTICATED = "unauthenticated"
