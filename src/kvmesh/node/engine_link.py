@@ -164,7 +164,7 @@ class EngineLink(NodeListener):
     async def _ask(self, node: Node, keys: list[bytes]) -> None:
         held = await node.asker.ask(keys)
         if held is not None:
-            self._send(link.Answered([key for key in keys if key in held], [key for key in keys if key not in held]))
+            self.on_asked([key for key in keys if key in held], [key for key in keys if key not in held])
 
     async def _give_up(self, node: Node) -> None:
         """End the jobs that are out, wait for them, then accept new ones."""
@@ -181,6 +181,9 @@ class EngineLink(NodeListener):
             await asyncio.sleep(PARENT_POLL_S)
 
     # -- NodeListener --------------------------------------------------------------------------------------------------
+
+    def on_asked(self, held: list[bytes], missing: list[bytes]) -> None:
+        self._send(link.Answered(held, missing))
 
     def on_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
         if self._is_behind():

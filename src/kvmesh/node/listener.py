@@ -17,6 +17,9 @@ class NodeListener:
     def on_visible_reset(self, keys: list[ChunkKey]) -> None:
         """From now on these are the keys that somebody else holds, and no others."""
 
+    def on_asked(self, held: list[bytes], missing: list[bytes]) -> None:
+        """What the directory has said of these keys, which it was asked for."""
+
     def on_directory(self, state: link.Directory) -> None:
         """Whether the directory answers, and how many peers there are."""
 

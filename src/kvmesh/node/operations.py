@@ -111,7 +111,7 @@ class NodeOperations:
         self._make_room()
         entry = self._entries[question.operation_id] = _Entry(time.monotonic() + question.timeout_s)
         if isinstance(question.command, WarmChunks):
-            await self._until_inventories_are_known()
+            await self._find_holders(question.command.keys)
         if not self._listener.operate(question.operation_id, question.command, question.timeout_s):
             del self._entries[question.operation_id]
             raise ControlError("no_engine", "this node has no engine, so nobody can change its pool")
@@ -124,8 +124,12 @@ class NodeOperations:
         log.info("operation id=%s command=%s", question.operation_id, type(question.command).__name__)
         return control.Told(report=entry.report)
 
-    async def _until_inventories_are_known(self) -> None:
-        """An instance that has just joined would find most chunks nowhere."""
+    async def _find_holders(self, keys: list[bytes]) -> None:
+        """An instance that has just joined would find most chunks nowhere, and one that asks all of them."""
+        if self._node.asks:
+            held = await self._node.asker.ask(keys) or set[bytes]()
+            self._listener.on_asked([key for key in keys if key in held], [])
+            return
         until_s = time.monotonic() + INVENTORIES_S
         while not self._node.knows_all_inventories() and time.monotonic() < until_s:
             await asyncio.sleep(POLL_S)
