@@ -123,6 +123,14 @@ class TestSeed:
         assert (config.instance_id, config.pool_size_gb) == ("pod-1", 20)
         assert not config.warnings
 
+    def test_a_pod_that_goes_asks_its_own_node_to_hand_over(self, seed: Result) -> None:
+        """There is no controller that could; the node's address is that of the pod, on the port that it listens on."""
+        one = engine(seed, "mistral-2")
+        script = one["lifecycle"]["preStop"]["exec"]["command"][2]
+        (port,) = (port["containerPort"] for port in one["ports"] if port["name"] == "node-admin")
+        assert f'ops drain "$POD_NAME" --yes --within 20s --node "http://$node:{port}"' in script
+        assert "--controller" not in script
+
     def test_vllm_gets_its_flags(self, seed: Result) -> None:
         arguments = engine(seed)["args"]
         assert arguments[:2] == ["serve", "mistralai/Mistral-7B-Instruct-v0.2"]

@@ -212,10 +212,15 @@ spec:
               - |
                 # Time for the router and for Kubernetes to forget this pod. What it does not finish now, vLLM does after it.
                 sleep {{ int $spec.drain.forgetSeconds }}
-                {{- if and $shares (eq (include "kvmesh.directory" $root) "controller") $spec.drain.handOverSeconds }}
+                {{- if and $shares $spec.drain.handOverSeconds }}
                 # The chunks that only this engine holds go to the others. What fails costs misses, so nobody waits for it.
                 {{- include "kvmesh.engine.environment" . | trim | nindent 16 }}
+                {{- if eq (include "kvmesh.directory" $root) "controller" }}
                 python3 -m kvmesh.cli ops drain "$POD_NAME" --yes --within {{ int $spec.drain.handOverSeconds }}s --controller http://{{ include "kvmesh.controllerHost" $root }}:{{ int $values.controllerSpec.ports.http }} || true
+                {{- else }}
+                case "$POD_IP" in *:*) node="[$POD_IP]" ;; *) node=$POD_IP ;; esac
+                python3 -m kvmesh.cli ops drain "$POD_NAME" --yes --within {{ int $spec.drain.handOverSeconds }}s --node "http://$node:{{ include "kvmesh.engine.adminPort" . }}" || true
+                {{- end }}
                 {{- end }}
       {{- with include "kvmesh.engine.resources" . | fromYaml }}
       resources:
