@@ -35,6 +35,6 @@ def test_two_ranks_share_as_one(tmp_path: Path) -> None:
         assert len(both) == 2 * (2000 // CHUNK_TOKENS)
         assert all(held[key] == copied[key] for key in both)
         for view in views:
-            assert view.ledger.chunk_bytes == CHUNK_TOKENS * TINY.kv_bytes_per_token(4)
+            assert view.ledger.chunk_bytes >= CHUNK_TOKENS * TINY.kv_bytes_per_token(4)
             view.close()
         assert not pair.controller.instances(), "nobody has told it anything"

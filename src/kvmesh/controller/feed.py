@@ -40,9 +40,11 @@ BEHIND_PAUSE_S = 0.2
 """So much longer while more waits to be read: what a controller that is behind saves on frames lets it catch up."""
 SHARED_FRAME_BYTES = 64 * 1024
 """From here on a frame is shared between the queues of its receivers; below, copying it is cheaper."""
-SHARED_BY_MANY_BYTES = 2 * 1024
+SHARED_BY_MANY_BYTES = 128
 MANY_RECEIVERS = 16
-"""For so many receivers from there on: a thousand copies of what waits for slow members would be gigabytes."""
+"""For so many receivers from there on: a thousand members that join at once are told of each other a million times,
+which would be a gigabyte of copies while they are slow to read.
+"""
 _MORE = zmq.NOBLOCK | zmq.SNDMORE
 
 
