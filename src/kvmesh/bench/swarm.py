@@ -334,7 +334,8 @@ class _Worker:
         while self._beats and self._beats[0][0] <= now_s:
             due_s, instance = self._beats.popleft()
             self._link.beat(instance)
-            self._beats.append((max(due_s + self._plan.heartbeat_interval_s, now_s), instance))
+            interval_s = self._plan.heartbeat_interval_s
+            self._beats.append((max(due_s + interval_s, now_s + interval_s / 2), instance))  # late ones do not crowd
 
     def _publish_some(self, now_s: float) -> None:
         if not self._events_per_s or not self._joined:

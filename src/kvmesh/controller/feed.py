@@ -36,6 +36,8 @@ FLUSH_PAUSE = 9.0
 and the more there is to send, the more goes into each frame. ZMQ's own thread has several times as much to do with a
 frame as we have (a system call, and on one machine the receiver's side of it).
 """
+LONGEST_PAUSE_S = 0.25
+"""But no later than this."""
 BEHIND_PAUSE_S = 0.2
 """So much longer while more waits to be read: what a controller that is behind saves on frames lets it catch up."""
 SHARED_FRAME_BYTES = 64 * 1024
@@ -184,7 +186,7 @@ class Feed:
         except Exception as error:  # a bug of ours costs these changes, and members that miss them ask for snapshots
             self._handler_errors += 1
             self._complain("handler_error", "pull", [], error)
-        self._flush_due_s = self._clock() + FLUSH_PAUSE * (time.thread_time() - spent_s)
+        self._flush_due_s = self._clock() + min(LONGEST_PAUSE_S, FLUSH_PAUSE * (time.thread_time() - spent_s))
 
     def _complain(self, event: str, socket: str, frames: list[zmq.Frame], error: Exception) -> None:
         address = _address(frames)
