@@ -41,7 +41,7 @@ log = logging.getLogger("kvmesh.operations")
 ROUNDS = 3
 """Offers to those who are left, when some have refused theirs."""
 POLL_S = 0.05
-SETTLED_S = 5.0
+SETTLED_S = 10.0
 """When nothing has been taken over for so long, nothing will be."""
 LEAVE_DELAY_S = 0.1
 """The answer goes first."""
@@ -167,15 +167,21 @@ class Drain:
         moved_at_s = time.monotonic()
         while keys and time.monotonic() < min(until_s, moved_at_s + SETTLED_S):
             await asyncio.sleep(POLL_S)
-            left = await self._alone(keys)
-            if len(left) < len(keys):
-                keys, moved_at_s = left, time.monotonic()
+            left = await self._told_alone(keys)
+            if left is None or len(left) < len(keys):  # a directory that is slow to answer says nothing about peers
+                keys, moved_at_s = keys if left is None else left, time.monotonic()
         return keys
 
     async def _alone(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of `keys` that nobody else holds, as far as the directory says."""
-        asked = await self._node.asker.ask(keys) if self._node.asks and keys else None
-        held = asked or set[bytes]()
+        """Those of `keys` that nobody else is known to hold."""
+        told = await self._told_alone(keys)
+        return list(keys) if told is None else told
+
+    async def _told_alone(self, keys: Sequence[bytes]) -> list[bytes] | None:
+        """Those of `keys` that nobody else holds; None when the directory has to be asked and does not say."""
+        held = await self._node.asker.ask(keys) if self._node.asks and keys else set[bytes]()
+        if held is None:
+            return None
         return [key for key in keys if key not in held and not self._node.replica.holders(key)]
 
     # -- taking over ---------------------------------------------------------------------------------------------------
