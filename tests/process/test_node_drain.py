@@ -69,7 +69,11 @@ def admin_of(engine: StandInEngine) -> str:
 
 
 def peers_of(engine: StandInEngine) -> int:
-    return int(httpx.get(f"{admin_of(engine)}/healthz", trust_env=False, timeout=10).json()["peers"])
+    """-1 while it does not listen yet."""
+    try:
+        return int(httpx.get(f"{admin_of(engine)}/healthz", trust_env=False, timeout=10).json()["peers"])
+    except httpx.ConnectError:
+        return -1
 
 
 def held(pool: OperatedStandIn) -> set[bytes]:
@@ -101,7 +105,7 @@ def test_others_take_over_and_it_leaves(pools: list[OperatedStandIn]) -> None:
     wrong = run.invoke(app, [*command, admin_of(left.engine)], env=environment)
     assert wrong.exit_code != 0, "it is another node's port"
     url = f"{admin_of(left.engine)}/api/v1/drain"
-    assert httpx.post(url, json={}, trust_env=False).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.post(url, json={}, trust_env=False, timeout=30).status_code == httpx.codes.UNAUTHORIZED
     command[2] = "right"
     assert run.invoke(app, [*command, admin_of(right.engine)], env=environment).exit_code == 0
     wait_for(lambda: peers_of(left.engine) == 0)
@@ -125,10 +129,14 @@ def test_without_a_key_only_this_machine_may_ask() -> None:
     engine = StandInEngine(config, slots=4, chunk_bytes=CHUNK_BYTES)
     with contextlib.closing(engine):
         engine.start()
+        wait_for(lambda: peers_of(engine) == 0)
         url = f"{admin_of(engine)}/api/v1/drain"
         for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
-            refused = httpx.post(url, json={"hand_over": 0}, headers=headers, trust_env=False)
+            refused = httpx.post(url, json={"hand_over": 0}, headers=headers, trust_env=False, timeout=30)
             assert refused.status_code == httpx.codes.FORBIDDEN
-        assert httpx.post(url, json={"hand_over": "x"}, trust_env=False).status_code == httpx.codes.UNPROCESSABLE_ENTITY
-        drained = httpx.post(url, json={"hand_over": 0, "leave": False}, trust_env=False)
+        assert (
+            httpx.post(url, json={"hand_over": "x"}, trust_env=False, timeout=30).status_code
+            == httpx.codes.UNPROCESSABLE_ENTITY
+        )
+        drained = httpx.post(url, json={"hand_over": 0, "leave": False}, trust_env=False, timeout=30)
         assert drained.json()["sharing"] == "drained"
