@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from kvmesh.core.format import Format
@@ -67,6 +68,14 @@ def content(index: int, chunk_bytes: int) -> bytes:
     return random.Random(index).randbytes(4096 + 1) * (chunk_bytes // 4097) + bytes([index % 251]) * (
         chunk_bytes % 4097
     )
+
+
+def kv_like(index: int, chunk_bytes: int, dtype: str = "bfloat16") -> bytes:
+    """Normally distributed numbers, as in KV."""
+    numbers = np.random.default_rng(index).standard_normal(chunk_bytes // 2, np.float32)
+    if dtype == "bfloat16":
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()[:chunk_bytes]
+    return numbers.astype(dtype).tobytes()[:chunk_bytes]
 
 
 def items(count: int, first: int = 0) -> list[FetchItem]:

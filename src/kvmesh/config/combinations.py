@@ -86,6 +86,13 @@ def _impossible_sharing(config: KVMeshConfig) -> Iterator[_Finding]:
             f"{config.advertise_host!r}, which means every address",
             "set advertise_host to this machine's address as peers know it",
         )
+    if config.wire_codec == "int8" and config.transfer_channel in {"shm", "nixl"}:
+        yield _Finding(
+            ("wire_codec", "transfer_channel"),
+            f"another codec than int8 while transfer_channel is {config.transfer_channel}",
+            "int8",
+            "int8 is for slow links and travels by tcp only: set transfer_channel to tcp (or auto), or another codec",
+        )
     if config.enable_controller:
         yield from _impossible_controller(config)
     elif config.directory == "none":
@@ -169,6 +176,8 @@ def _doubtful(config: KVMeshConfig) -> Iterator[str]:
                 f"advertise_host is {config.advertise_host}, which only this machine can reach, and the controller is "
                 f"at {controller_host}: instances on other machines will not be able to fetch from this one"
             )
+    if config.wire_codec in {"lossless", "auto"} and config.transfer_channel in {"shm", "nixl"}:
+        yield f"wire_codec is {config.wire_codec}: it serves those peers only that are reached by tcp"
     if config.stall_timeout_s > config.fetch_timeout_s:
         yield "stall_timeout_s is longer than fetch_timeout_s and so never ends a fetch"
     if unknown := [name for name in config.retrieve_locations if name.lower() not in PEER_LOCATIONS | POOL_LOCATIONS]:

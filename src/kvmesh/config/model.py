@@ -14,6 +14,7 @@ from kvmesh.config.values import PORT_MAX, parse_host, parse_host_port, parse_tc
 TransferChannel = Literal["auto", "tcp", "shm", "nixl"]
 CachePolicyName = Literal["lru", "arc"]
 IndexMode = Literal["replica", "query", "auto"]
+WireCodec = Literal["none", "lossless", "int8", "auto"]
 FetchGate = Literal["latency", "throughput", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Port = Annotated[int, Field(ge=0, le=PORT_MAX)]
@@ -264,6 +265,13 @@ class DeclaredKeys(BaseModel):
         "How chunks move between nodes. auto: shm within one host, nixl where there is RDMA, else tcp.",
         allowed="auto, tcp, shm or nixl",
     )
+    wire_codec: WireCodec = key(
+        "none",
+        "Make chunks smaller on their way over tcp, for slow links. lossless: always, with peers that have it too. "
+        "auto: lossless, while that is faster, by rates measured while running. int8: half the bytes, rounded; such "
+        "instances share among themselves only, by tcp.",
+        allowed="none, lossless, int8 or auto",
+    )
     fetch_gate: FetchGate = key(
         "latency",
         "Fetch only what is predicted to come sooner than it could be computed, by rates measured while running. "
@@ -328,7 +336,9 @@ class DeclaredKeys(BaseModel):
             raise ValueError("true and false mean nothing for this key")
         return value
 
-    @field_validator("cache_policy", "transfer_channel", "index_mode", "fetch_gate", "log_level", mode="before")
+    @field_validator(
+        "cache_policy", "transfer_channel", "wire_codec", "index_mode", "fetch_gate", "log_level", mode="before"
+    )
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.strip().lower() if isinstance(value, str) else value

@@ -7,9 +7,14 @@ error" cannot happen: the directory, both nodes' logs and the API carry the fiel
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import NamedTuple
 
 import msgspec
+
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
+_INT8 = re.compile(r", int8 per (\d{1,6}) in transfer$")
+_DTYPE = re.compile(r"^(?:auto \(model )?(\w+)")
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,3 +67,39 @@ def differences(ours: Format, theirs: Format) -> list[FieldDifference]:
         if mine != other:
             found.append(FieldDifference(name, str(mine), str(other)))
     return found
+
+
+class Elements(NamedTuple):
+    """What a chunk's bytes are made of."""
+
+    dtype: str
+    size_bytes: int
+    """1 for types that nothing is known of."""
+
+
+def elements_of(kv_format: Format) -> Elements:
+    """The elements of a format's chunks, by its `kv_dtype`."""
+    found = _DTYPE.match(kv_format.kv_dtype)
+    dtype = found.group(1) if found else ""
+    return Elements({"half": "float16", "float": "float32"}.get(dtype, dtype), _ELEMENT_BYTES.get(dtype, 1))
+
+
+def with_int8(kv_format: Format, group: int) -> Format:
+    """The format of instances whose chunks travel as int8, with a scale for each `group` elements.
+
+    Their bytes are not those that were computed, so it is a format of its own. It stands in `kv_dtype`, not in a field
+    of its own, because nodes and controllers that do not know the field would drop it and take the two for one.
+    Raises ValueError when chunks of this format cannot travel like that.
+    """
+    dtype, size_bytes = elements_of(kv_format)
+    if size_bytes == 1:
+        raise ValueError(f"elements of {kv_format.kv_dtype}, where bfloat16, float16 or float32 can become int8")
+    if group < 1 or kv_format.chunk_bytes % (group * size_bytes):
+        raise ValueError(f"chunks of {kv_format.chunk_bytes} bytes, no whole number of {group} x {dtype}")
+    return msgspec.structs.replace(kv_format, kv_dtype=f"{kv_format.kv_dtype}, int8 per {group} in transfer")
+
+
+def int8_group(kv_format: Format) -> int | None:
+    """The `group` of `with_int8`; None for formats whose chunks travel as they are."""
+    found = _INT8.search(kv_format.kv_dtype)
+    return int(found.group(1)) if found else None

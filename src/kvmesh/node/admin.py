@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from kvmesh.errors import StartupError
 from kvmesh.node import admin_operations, admin_requests
+from kvmesh.transfer.coding import CodingStatistics
 
 if TYPE_CHECKING:
     from kvmesh.node.process import Node
@@ -53,6 +54,8 @@ class NodeCollector(Collector):
             ),
         ):
             yield CounterMetricFamily(name, text, value=value)
+        if self._node.coding is not None:
+            yield from _coding_metrics(self._node.coding.statistics())
         total = self._node.requests.usage.total
         yield CounterMetricFamily("kvmesh_node_requests", "Requests that the engine told of.", value=total.requests)
         prompts = CounterMetricFamily(
@@ -87,6 +90,24 @@ class NodeCollector(Collector):
             ("kvmesh_node_directory_connected", "1 while the directory answers.", int(self._node.directory_connected)),
         ):
             yield GaugeMetricFamily(name, text, value=value)
+
+
+def _coding_metrics(now: CodingStatistics) -> Iterable[Metric]:
+    """What the wire codec has saved; only of nodes that have one."""
+    raw = CounterMetricFamily(
+        "kvmesh_node_coded_raw_bytes", "Bytes, in the pool, of chunks that travelled coded.", labels=["direction"]
+    )
+    wire = CounterMetricFamily(
+        "kvmesh_node_coded_wire_bytes", "Bytes, on the wire, of chunks that travelled coded.", labels=["direction"]
+    )
+    for direction, raw_bytes, wire_bytes in (
+        ("sent", now.sent_raw_bytes, now.sent_wire_bytes),
+        ("received", now.received_raw_bytes, now.received_wire_bytes),
+    ):
+        raw.add_metric([direction], raw_bytes)
+        wire.add_metric([direction], wire_bytes)
+    yield raw
+    yield wire
 
 
 def make_app(node: Node) -> Starlette:

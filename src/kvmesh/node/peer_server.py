@@ -31,6 +31,7 @@ from kvmesh.errors import (
 )
 from kvmesh.logs import LogLimiter
 from kvmesh.transfer.base import Deadline, Locate, Located
+from kvmesh.transfer.coding import Coding
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import PeerStream
@@ -161,6 +162,7 @@ class PeerServer:
         security: PeerSecurity = OPEN,
         following: FollowServing | None = None,
         offers: OfferTaking | None = None,
+        coding: Coding | None = None,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
         stall_timeout_s: float = 10.0,
@@ -182,6 +184,7 @@ class PeerServer:
             security: the cluster key and TLS, where there are any.
             following: tells peers what we hold, for those without a directory; None when nobody is to be told.
             offers: takes over the chunks of peers that are about to leave; None when that is not done here.
+            coding: the wire codec that `ours` offers; None for none.
             max_connections: further ones take the place of idle ones, or are refused when there is none.
             handshake_timeout_s: for the first frame of a stranger.
             stall_timeout_s: for a peer that stops in the middle of a frame, or stops reading what it asked for.
@@ -198,6 +201,7 @@ class PeerServer:
         self._security = security
         self._following = following
         self._offers = offers
+        self._coding = coding
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
@@ -484,6 +488,7 @@ class PeerServer:
 
     def _send_chunks(self, stream: PeerStream, get: Get) -> None:
         """Header, payload, trailer for each key. A trailer leaves together with what follows it, in one system call."""
+        coding = self._coding_for(get)
         owed: list[bytes | memoryview] = []
         counts = Counter[str]()
         try:
@@ -495,8 +500,11 @@ class PeerServer:
                     continue
                 row = self._pool.row(located.slot)
                 header = ChunkHeader(ChunkStatus.HELD, get.request, position, len(row))
-                owed += [pack_header(header, stream.sending), row]
-                stream.send(owed, self._patience)
+                owed.append(pack_header(header, stream.sending))
+                if coding is None:
+                    stream.send([*owed, row], self._patience)
+                else:
+                    self._send_coded(stream, coding, row, owed)
                 # Every byte has left the slot: only now does the generation say what they were.
                 is_valid = self._ledger.is_current(located.slot, located.generation)
                 counts["served" if is_valid else "stale"] += 1
@@ -506,6 +514,24 @@ class PeerServer:
         finally:
             self._count(**counts)
         stream.send(owed, self._patience)
+
+    def _coding_for(self, get: Get) -> Coding | None:
+        """The codec that a Get names; None for raw chunks. Raises MessageError for one that we did not offer, and for
+        none where bytes only travel coded.
+        """
+        if get.codec != ("" if self._coding is None else self._coding.name):
+            if get.codec or (self._coding is not None and self._coding.is_lossy):
+                raise MessageError(f"chunks asked for with codec {get.codec!r}")
+            return None
+        return self._coding
+
+    def _send_coded(
+        self, stream: PeerStream, coding: Coding, row: memoryview, owed: Sequence[bytes | memoryview]
+    ) -> None:
+        """A slot block by block: the kernel sends what was coded before while the next one is coded."""
+        for block in coding.blocks(row):
+            stream.send([*owed, *coding.code(block)], self._patience)
+            owed = ()
 
     def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
         found = [self._find(key) for key in request.keys]

@@ -103,11 +103,13 @@ class Node:
         self.replica = Replica()
         self._asks = config.index_mode == "query"
         self.asker = Asker(lambda: self._directory, timeout_s=config.lookup_timeout_s, own_id=self.instance_id)
-        self.inventory = Inventory(pool, ledger, self._inventory_changed)
+        self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool, ledger)
+        self.coding = self._transports.coding
+        """The wire codec; None where chunks only travel raw."""
+        self.inventory = Inventory(pool, ledger, self._inventory_changed, self._transports.digest)
         self.inventory.accepting = self.sharing is Sharing.ON
         self.outbox = Outbox(self.instance_id, self.incarnation, self, batch_keys=batch_keys(config))
         self.following = Following(self.outbox, self.statistics)
-        self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool, ledger)
         self.peers = Peers(kv_format, self._transports.make, self._background)
         self.around = Neighbourhood(config, self.replica, self.peers, Memory())
         self.requests = RequestLog(self.around, chunk_tokens=kv_format.chunk_tokens)
@@ -136,6 +138,7 @@ class Node:
             security=self._transports.security,
             following=self.following,
             offers=self.drain,
+            coding=self.coding,
         )
 
     @property

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 
+import xxhash
+
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
+from kvmesh.transfer.coding import make_coding
 from kvmesh.transfer.factory import choose, offered
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_holder import NixlHolder
@@ -44,8 +47,19 @@ class Transports:
             tls=None if config.tls is None else Tls.load(config.tls),
         )
         self._pool = pool
-        self.offered = offered(config.transfer_channel)
-        self.hello = Hello.of(instance_id, incarnation, kv_format, transports=self.offered, pid=os.getpid())
+        self.coding = make_coding(config.wire_codec, kv_format)
+        """None where chunks only travel raw."""
+        # What a lossy codec makes of a chunk has its checksum; the other transports would bring the slot's own bytes.
+        self._channel = "tcp" if self.coding is not None and self.coding.is_lossy else config.transfer_channel
+        self.offered = offered(self._channel)
+        self.hello = Hello.of(
+            instance_id,
+            incarnation,
+            kv_format,
+            transports=self.offered,
+            pid=os.getpid(),
+            codecs=() if self.coding is None else (self.coding.name,),
+        )
         self.nixl_holder: NixlHolder | None = None
         """Lets peers read our pool with NIXL; None where nixl is not offered."""
         if "nixl" in self.offered:
@@ -55,6 +69,12 @@ class Transports:
         """Lets nodes of this host read our pool by themselves; None where shm is not offered."""
         if "shm" in self.offered:
             self.shm_holder = ShmHolder(pool, ledger, incarnation)
+
+    def digest(self, row: memoryview) -> bytes:
+        """A slot's checksum: xxh3-128 of the bytes that peers will have."""
+        if self.coding is not None and self.coding.is_lossy:
+            return self.coding.digest(row)
+        return xxhash.xxh3_128_digest(row)
 
     def start(self) -> None:
         """Start what serving needs. Raises StartupError."""
@@ -67,7 +87,7 @@ class Transports:
             member.instance_id, member.incarnation, member.peer_host, member.peer_port, tuple(member.transports)
         )
         chosen = choose(
-            self._config.transfer_channel,
+            self._channel,
             target,
             self.hello,
             pool or self._pool,
@@ -76,6 +96,7 @@ class Transports:
             connections=self._config.fetch_connections,
             nixl_backends=self._config.nixl_backends,
             security=self.security,
+            coding=self.coding,
         )
         log.log(
             logging.INFO if pool is None else logging.DEBUG,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
+from kvmesh.transfer.coding import Coding
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
@@ -111,6 +112,7 @@ def choose(
     connections: int = CONNECTIONS_PER_FETCH,
     nixl_backends: Sequence[str] = ("UCX",),
     security: PeerSecurity = OPEN,
+    coding: Coding | None = None,
     rdma: bool | None = None,
 ) -> Chosen:
     """The transport to use towards `target`.
@@ -129,8 +131,8 @@ def choose(
         shm = ShmTransport(target, ours, pool, threads=connections, verify=verify, security=security)
         return Chosen(shm, choice.reason)
     if choice.name == "tcp":
-        transport = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security)
-        return Chosen(transport, choice.reason)
+        tcp = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security, coding=coding)
+        return Chosen(tcp, choice.reason)
     # NIXL takes half a second and 50 MB to load, and most nodes do without it.
     from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415
 

@@ -7,8 +7,10 @@ prefix.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvmesh.core.reasons import MissReason
+from kvmesh.core.reasons import PEER_FAULTS, MissReason
 from kvmesh.errors import (
     KVMeshError,
     PeerAuthenticationError,
@@ -26,6 +28,7 @@ from kvmesh.errors import (
     PeerWriteError,
 )
 from kvmesh.transfer.base import ChunkOutcome, Deadline, FetchItem, Progress, TransportStatistics
+from kvmesh.transfer.coding import SAMPLE_BYTES, Coding, Decoder, PeerCoding
 from kvmesh.transfer.leases import FetchBook, Lease, Leases
 from kvmesh.transfer.link import PeerLink, PeerTarget
 from kvmesh.transfer.pool import HostPool
@@ -75,6 +78,7 @@ class TcpTransport:
         max_connections: int = MAX_CONNECTIONS,
         verify: bool = True,
         security: PeerSecurity = OPEN,
+        coding: Coding | None = None,
     ) -> None:
         """Connects nowhere yet.
 
@@ -86,6 +90,7 @@ class TcpTransport:
             max_connections: connections to this peer over all fetches at a time; more fetches wait.
             verify: hash what arrives and compare with the checksum it was published with.
             security: the cluster key and TLS, where there are any.
+            coding: the wire codec that `ours` offers; None for none.
         """
         self.target = target
         self._pool = pool
@@ -94,10 +99,13 @@ class TcpTransport:
         self._run_chunks = max(1, min(MAX_KEYS, RUN_BYTES // pool.chunk_bytes))
         self._ours = ours
         self._security = security
+        self._coding = None if coding is None else coding.towards(target.incarnation)
         self._links = Leases(self._dial, peer=str(target), keep=max_connections, limit=max_connections)
         self._helpers = ThreadPoolExecutor(max_connections, thread_name_prefix=f"kvmesh-tcp-{target.instance_id}")
         self._lock = threading.Lock()
         self._established = False
+        self._running = 0
+        """Fetches under way."""
         self._fetched_chunks = 0
         self._last_error = ""
 
@@ -116,9 +124,21 @@ class TcpTransport:
     ) -> list[ChunkOutcome]:
         """Pull `items` into our slots (see `PeerTransport`)."""
         book = FetchBook(items, progress)
+        way = _Way(self._coding)
         if items:
-            self._fetch(book, deadline)
-        outcomes = book.close()
+            with self._lock:
+                before, self._running = self._running, self._running + 1
+            started_s = time.monotonic()
+            self._fetch(book, deadline, way)
+            seconds = time.monotonic() - started_s
+            with self._lock:
+                self._running -= 1
+                others = (before + self._running) / 2
+            outcomes = book.close()
+            if self._coding is not None:
+                self._learn(self._coding, outcomes, way, seconds / (1 + others))
+        else:
+            outcomes = []
         with self._lock:
             self._fetched_chunks += sum(outcome.reason is None for outcome in outcomes)
         return outcomes
@@ -139,7 +159,18 @@ class TcpTransport:
         self._links.close()
         self._helpers.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, book: FetchBook, deadline: Deadline) -> None:
+    def _learn(self, peer: PeerCoding, outcomes: Sequence[ChunkOutcome], way: _Way, seconds: float) -> None:
+        """How long it took, coded or raw, where that says something of the link; `seconds` is this fetch's share."""
+        reasons = {outcome.reason for outcome in outcomes}
+        came = [outcome.item for outcome in outcomes if outcome.reason is None]
+        if not came or not PEER_FAULTS.isdisjoint(reasons):
+            return
+        peer.came(len(came) * self._pool.chunk_bytes, way.wire_bytes, seconds)
+        if not way.wire_bytes and way.is_offered and peer.coding.wants_sample():
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._helpers.submit(peer.coding.sample, bytes(self._pool.row(came[0].slot)[:SAMPLE_BYTES]))
+
+    def _fetch(self, book: FetchBook, deadline: Deadline, way: _Way) -> None:
         """Pull over our own connection, with helpers over further ones where the fetch is large enough."""
         try:
             lease = self._links.take(deadline, wait=True)  # before helpers can take the last one
@@ -147,9 +178,9 @@ class TcpTransport:
             book.end(self._note(error))
             return
         runs = -(-len(book.items) // self._run_chunks)
-        helpers = self._start_helpers(min(self._connections, runs) - 1, book, deadline)
+        helpers = self._start_helpers(min(self._connections, runs) - 1, book, deadline, way)
         try:
-            self._work(_Pull(book, deadline, self._pool, verify=self._verify, reports=True), lease, deadline)
+            self._work(_Pull(book, deadline, self._pool, way, verify=self._verify, reports=True), lease, deadline)
         finally:
             # Whatever happens here, helpers write into our slots until they are done; the deadline bounds them.
             book.end(MissReason.TRUNCATED)
@@ -158,20 +189,20 @@ class TcpTransport:
         for helper in running:
             helper.result()
 
-    def _start_helpers(self, count: int, book: FetchBook, deadline: Deadline) -> list[Future[None]]:
+    def _start_helpers(self, count: int, book: FetchBook, deadline: Deadline, way: _Way) -> list[Future[None]]:
         try:
-            return [self._helpers.submit(self._help, book, deadline) for _ in range(count)]
+            return [self._helpers.submit(self._help, book, deadline, way) for _ in range(count)]
         except RuntimeError:  # closed meanwhile; the caller's own work finds out
             return []
 
-    def _help(self, book: FetchBook, deadline: Deadline) -> None:
+    def _help(self, book: FetchBook, deadline: Deadline, way: _Way) -> None:
         """A helper's work. Without a connection it leaves all of it to the others."""
         try:
             lease = self._links.take(deadline, wait=False)
         except KVMeshError as error:
             self._note(error)
             return
-        self._work(_Pull(book, deadline, self._pool, verify=self._verify, reports=False), lease, deadline)
+        self._work(_Pull(book, deadline, self._pool, way, verify=self._verify, reports=False), lease, deadline)
 
     def _work(self, pull: _Pull, lease: Lease[PeerLink] | None, deadline: Deadline) -> None:
         """Pull runs until none is left, over a second connection when the first one turned out dead."""
@@ -235,13 +266,51 @@ class _Asked(NamedTuple):
     item: int
 
 
+class _Way:
+    """Coded or raw: the same for all of a fetch, so that it says how fast that is. Safe to use from any thread."""
+
+    def __init__(self, peer: PeerCoding | None) -> None:
+        self._coding = peer.coding if peer is not None else None
+        self._is_coded = peer is not None and peer.wants_coded()
+        self._lock = threading.Lock()
+        self.is_offered = False
+        """The peer knows our codec."""
+        self.wire_bytes = 0
+        """That have come coded."""
+
+    def decoder(self, link: PeerLink) -> Decoder | None:
+        """What to receive with on this connection; None for raw chunks. Raises PeerProtocolError."""
+        if self._coding is None:
+            return None
+        if self._coding.name not in link.theirs.codecs:
+            if self._coding.is_lossy:
+                raise PeerProtocolError(link.peer, expected=f"codec {self._coding.name}", found="none in common")
+            return None
+        self.is_offered = True
+        return self._coding.decoder() if self._is_coded else None
+
+    @property
+    def codec(self) -> str:
+        """The codec's name, for a Get whose answer is read with `decoder`."""
+        return "" if self._coding is None else self._coding.name
+
+    def add(self, wire_bytes: int) -> None:
+        """A chunk has come."""
+        with self._lock:
+            self.wire_bytes += wire_bytes
+
+
 class _Pull:
     """One connection's part in a fetch."""
 
-    def __init__(self, book: FetchBook, deadline: Deadline, pool: HostPool, *, verify: bool, reports: bool) -> None:
+    def __init__(
+        self, book: FetchBook, deadline: Deadline, pool: HostPool, way: _Way, *, verify: bool, reports: bool
+    ) -> None:
         self._book = book
         self._deadline = deadline
         self._pool = pool
+        self._way = way
+        self._decoder: Decoder | None = None
         self._verify = verify
         self._reports = reports
         self._run_chunks = max(1, min(MAX_KEYS, RUN_BYTES // pool.chunk_bytes))
@@ -256,6 +325,7 @@ class _Pull:
 
     def run(self, link: PeerLink) -> None:
         """Pull until nothing is left. Raises what the link raises, with the undecided items still on our list."""
+        self._decoder = self._way.decoder(link)
         self._ask_again(link)
         while self._ask_ahead(link):
             self._receive(link, self._asked[0])
@@ -290,7 +360,8 @@ class _Pull:
     def _ask(self, link: PeerLink, indices: Sequence[int]) -> None:
         self._requests += 1
         self._asked.extend(_Asked(self._requests, position, index) for position, index in enumerate(indices))
-        link.send(Get(self._requests, [self._book.items[index].key for index in indices]), self._deadline)
+        keys: list[bytes] = [self._book.items[index].key for index in indices]
+        link.send(Get(self._requests, keys, self._way.codec if self._decoder is not None else ""), self._deadline)
 
     def _receive(self, link: PeerLink, asked: _Asked) -> None:
         """One chunk into its slot, and the next one's header where that comes with it."""
@@ -304,6 +375,24 @@ class _Pull:
             return
         row = self._pool.row(book.items[asked.item].slot)
         digest = xxhash.xxh3_128() if self._verify else None
+        if self._decoder is None:
+            self._receive_raw(link, asked, row, digest)
+        else:
+            self._way.add(self._decoder.receive(stream, row, deadline, digest))
+            stream.receive_into(self._trailer, deadline)
+        trailer = self._parse_trailer(link, asked)
+        if trailer.verdict is Verdict.STALE:
+            book.miss(asked.item, MissReason.STALE)
+        elif digest is not None and digest.digest() != trailer.checksum:
+            book.miss(asked.item, MissReason.CORRUPT)
+        else:
+            book.hit(asked.item, trailer.checksum)
+            return
+        book.end(MissReason.TRUNCATED)
+
+    def _receive_raw(self, link: PeerLink, asked: _Asked, row: memoryview, digest: xxhash.xxh3_128 | None) -> None:
+        """Payload and trailer, and the next header where that comes with them."""
+        stream, deadline = link.stream, self._deadline
         last = (len(row) - 1) // PIECE_BYTES * PIECE_BYTES
         for start in range(0, last, PIECE_BYTES):
             piece = row[start : start + PIECE_BYTES]
@@ -316,15 +405,6 @@ class _Pull:
         stream.receive_parts([row[last:], *tail], deadline)
         if digest is not None:
             digest.update(row[last:])
-        trailer = self._parse_trailer(link, asked)
-        if trailer.verdict is Verdict.STALE:
-            book.miss(asked.item, MissReason.STALE)
-        elif digest is not None and digest.digest() != trailer.checksum:
-            book.miss(asked.item, MissReason.CORRUPT)
-        else:
-            book.hit(asked.item, trailer.checksum)
-            return
-        book.end(MissReason.TRUNCATED)
 
     def _parse_header(self, link: PeerLink, asked: _Asked) -> ChunkHeader:
         try:

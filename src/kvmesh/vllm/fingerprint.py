@@ -15,7 +15,8 @@ from typing import TypedDict
 
 import torch
 
-from kvmesh.core.format import Format
+from kvmesh.core.format import Format, with_int8
+from kvmesh.errors import UnsupportedError
 from kvmesh.vllm.compat import OffloadingConfig, VllmConfig, current_platform, init_logger, installed_version
 
 logger = init_logger("vllm.kvmesh.fingerprint")
@@ -37,6 +38,8 @@ class ModelFacts(TypedDict):
     """Folder with a tokenizer.json; empty when there is none on this host. No part of the format."""
     hidden_size: int
     """Of the text model; 0 where it has none."""
+    head_size: int
+    """Elements of one token's key in one head; 0 where that says nothing."""
 
 
 def model_facts(vllm_config: VllmConfig) -> ModelFacts:
@@ -53,6 +56,7 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
         hash_seed=os.environ.get("PYTHONHASHSEED", ""),
         tokenizer=_tokenizer_folder(vllm_config),
         hidden_size=int(getattr(getattr(model, "hf_text_config", None), "hidden_size", None) or 0),
+        head_size=_head_size(model),
     )
 
 
@@ -61,6 +65,13 @@ def _tokenizer_folder(vllm_config: VllmConfig) -> str:
     name = getattr(model, "tokenizer", None) or model.model
     folder = _model_folder(str(name), getattr(model, "tokenizer_revision", None))
     return str(folder) if folder is not None and (folder / "tokenizer.json").is_file() else ""
+
+
+def _head_size(model: object) -> int:
+    try:
+        return int(model.get_head_size())  # type: ignore[attr-defined]  # vLLM's types are unknown to the check
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # models that have none, each in its way
+        return 0
 
 
 def attention(facts: ModelFacts) -> float:
@@ -98,6 +109,24 @@ def make_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int
         parallel_layout="any" if config.canonical_layout and parallel.is_parallelism_agnostic else sizes,
         instruction_set=_instruction_set(),
     )
+
+
+def make_int8_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes: int) -> Format:
+    """The format of an engine whose chunks travel as int8, one scale for each token and head. Raises UnsupportedError
+    for models for which kvmesh does not know where those lie.
+    """
+    plain = make_format(facts, config, chunk_bytes=chunk_bytes)
+    try:
+        if len(config.groups) > 1:
+            raise ValueError(f"{len(config.groups)} KV cache groups, whose elements may differ")
+        return with_int8(plain, facts["head_size"])
+    except ValueError as error:
+        raise UnsupportedError(
+            "wire_codec int8",
+            expected="one KV cache group of 16 or 32 bit floats, in whole heads",
+            found=str(error),
+            hint="set wire_codec to lossless, auto or none",
+        ) from None
 
 
 def _instruction_set() -> str:

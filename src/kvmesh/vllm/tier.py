@@ -88,7 +88,8 @@ class PeerTier(SecondaryTierManager):
         shape = primary_kv_view.shape
         assert shape is not None
         slots, chunk_bytes = shape
-        kv_format = fingerprint.make_format(
+        make_format = fingerprint.make_int8_format if config.wire_codec == "int8" else fingerprint.make_format
+        kv_format = make_format(
             offloading_spec.extra_config[FACTS_KEY], offloading_spec.config, chunk_bytes=chunk_bytes
         )
         self._chunk_tokens = kv_format.chunk_tokens

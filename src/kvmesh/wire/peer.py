@@ -29,6 +29,14 @@ generation before it sends the header and again after the last payload byte has 
 into the trailer: VALID with the checksum recorded for that generation, or STALE when the slot was reused meanwhile
 (what arrived is thrown away).
 
+Chunks (tcp, coded)
+
+Each Hello names the codecs that its node knows (`kvmesh.transfer.codec`). A Get may name one that both do; then the
+payload of every chunk in its answer is the chunk's blocks, coded one by one. `length` remains the slot's, and the
+checksum is that of the chunk as the fetcher has it then: for a lossless codec, of the slot's bytes. In a format whose
+chunks travel as int8 all Gets name that codec; a holder closes the connection of one that does not. Nodes that name no
+codec are asked raw, and never see the field.
+
 Chunks (nixl)
 
      |-- NixlAttach() --------------------->|   once per connection
@@ -128,6 +136,8 @@ class Hello(Message, frozen=True, kw_only=True):
     wanted_incarnation: Annotated[str, Meta(max_length=16)] = ""
     challenge: Annotated[bytes, Meta(max_length=64)] = b""
     """Empty without a cluster key."""
+    codecs: Annotated[tuple[Name, ...], Meta(max_length=8)] = ()
+    """Wire codecs that this node knows. Nodes that do not know the field read past it."""
 
     @classmethod
     def of(
@@ -138,6 +148,7 @@ class Hello(Message, frozen=True, kw_only=True):
         *,
         transports: Sequence[str] = ("tcp",),
         pid: int = 0,
+        codecs: Sequence[str] = (),
     ) -> Hello:
         """A node's own Hello, made once at its start."""
         return cls(
@@ -147,6 +158,7 @@ class Hello(Message, frozen=True, kw_only=True):
             format=kv_format,
             transports=tuple(transports),
             pid=pid,
+            codecs=tuple(codecs),
         )
 
     def wanting(self, instance_id: str, incarnation: str) -> Hello:
@@ -167,6 +179,8 @@ class Get(Message, frozen=True):
     request: RequestNumber
     """Repeated in every header and trailer of the answer."""
     keys: Keys
+    codec: Annotated[str, Meta(max_length=64)] = ""
+    """One of the holder's Hello, for all chunks of the answer; empty for raw ones."""
 
 
 class Lookup(Message, frozen=True):

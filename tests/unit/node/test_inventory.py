@@ -149,7 +149,7 @@ async def test_an_older_checksum_never_overwrites_a_newer_one(world: World, monk
         go_on.wait(10)
         return digest
 
-    monkeypatch.setattr(inventory_module.xxhash, "xxh3_128_digest", slow)
+    monkeypatch.setattr(world.inventory, "_digest", slow)
     world.inventory.published([0])
     await asyncio.get_running_loop().run_in_executor(None, hashing.wait, 10)
     world.ledger.retract(0)
@@ -177,7 +177,7 @@ async def test_a_large_pool_is_announced_bit_by_bit(world: World, monkeypatch: p
         go_on.acquire(timeout=10)
         return real(data)
 
-    monkeypatch.setattr(inventory_module.xxhash, "xxh3_128_digest", slow)
+    monkeypatch.setattr(world.inventory, "_digest", slow)
     world.inventory.republish()
     go_on.release()
     while not len(world.inventory):

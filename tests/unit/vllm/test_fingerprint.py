@@ -97,6 +97,7 @@ def test_facts_of_a_local_folder(model, monkeypatch):
         "hash_seed": "7",
         "tokenizer": "",
         "hidden_size": 0,
+        "head_size": 0,
     }
 
 
