@@ -11,7 +11,8 @@ with e and d, what encoding and decoding take, and r, coded bytes per byte, meas
 first form says that the three overlap, which is right where cores are free; when it is wrong, that costs one fetch in
 RETRY_S, and k knows better from then on.
 
-Raw is what everything is compared with, so it is measured anew every now and then while coded is chosen: a link that
+Raw is what everything is compared with. So it takes two fetches that say that a link is slow (the first one, too, may
+have met a hiccup), and one that says that it is fast. And it is measured anew every now and then while coded is chosen: a link that
 has become fast must not stay coded for ever. That costs at most REFRESH_SHARE of the time of fetches.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 MARGIN = 0.1
 NEW_WEIGHT = 0.5
-"""Of a new measurement of a link. A hiccup doubles the average at most, which costs one fetch that is tried coded."""
+"""Of a new measurement of a link."""
 FACT_WEIGHT = 0.2
 """Of a new measurement of the codec, which comes with every chunk."""
 MIN_BYTES = 256 << 10
@@ -61,7 +62,9 @@ class CodecChoice:
     def __init__(self, facts: CodecFacts) -> None:
         self._facts = facts
         self._raw_s: float | None = None
-        """u of the module's docstring."""
+        """u of the module's docstring; None before two fetches."""
+        self._slow_s: float | None = None
+        """What the last fetch said, when it was the first to say that the link is slow."""
         self._raw_until_s = 0.0
         """time.monotonic() until which that is fresh."""
         self._extra_s: float | None = None
@@ -90,16 +93,23 @@ class CodecChoice:
         """A fetch of so many bytes (those that others pulled meanwhile included) took so long."""
         if raw_bytes < MIN_BYTES or seconds <= 0:
             return
-        self._raw_s = _blend(self._raw_s, seconds / raw_bytes, NEW_WEIGHT)
         self._raw_until_s = now_s + max(REFRESH_S, seconds / REFRESH_SHARE)
+        before_s, slow_s, new_s = self._raw_s, self._slow_s, seconds / raw_bytes
+        self._slow_s = None
+        if before_s is not None and new_s <= before_s * CHANGED:
+            self._raw_s = new_s if new_s < before_s / CHANGED else _blend(before_s, new_s, NEW_WEIGHT)
+        elif slow_s is not None:
+            self._raw_s = min(slow_s, new_s)
+        else:
+            self._slow_s = new_s
 
     def came_coded(self, now_s: float, raw_bytes: int, wire_bytes: int, seconds: float) -> None:
         """The same of a fetch that came coded; `raw_bytes` is the size of its chunks."""
         if raw_bytes < MIN_BYTES or seconds <= 0 or self._raw_s is None:
             return
         extra_s = max(0.0, (seconds - wire_bytes * self._raw_s) / raw_bytes)
-        before = self._extra_s if self._is_same_link(self._raw_s) else None
-        self._extra_s = _blend(before, extra_s, NEW_WEIGHT)
+        is_known = now_s - self._extra_at_s < RETRY_S and self._is_same_link(self._raw_s)
+        self._extra_s = _blend(self._extra_s if is_known else None, extra_s, NEW_WEIGHT)
         self._extra_at_s, self._extra_link_s = now_s, self._raw_s
 
     def _is_same_link(self, raw_s: float) -> bool:

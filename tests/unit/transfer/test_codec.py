@@ -68,7 +68,7 @@ def test_chunks_that_are_no_whole_number_of_elements_are_not_coded() -> None:
     assert int8_codec(kv_format(1000)) is None
 
 
-values = st.floats(width=16, allow_nan=True, allow_infinity=True) | st.floats(-1e-6, 1e-6, width=16)
+values = st.floats(width=16, allow_nan=True, allow_infinity=True) | st.floats(-(2.0**-20), 2.0**-20, width=16)
 
 
 @given(
