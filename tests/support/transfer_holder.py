@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,17 @@ class Store:
 
     def publish(self, slot: int, index: int) -> None:
         """Put chunk `index` into `slot` and announce it."""
-        data = content(index, self.pool.chunk_bytes)
+        self.fill(slot, index, content(index, self.pool.chunk_bytes), xxhash.xxh3_128_digest)
+
+    def fill(self, slot: int, index: int, data: bytes, digest: Callable[[memoryview], bytes]) -> None:
+        """The same with any bytes and checksum."""
         self.retract(slot)
-        self.pool.row(slot)[:] = data
+        row = self.pool.row(slot)
+        row[:] = data
         generation = self.ledger.publish(slot, key(index))
-        digest = xxhash.xxh3_128_digest(data)
-        self.ledger.set_checksum(slot, generation, digest)
-        self._where[key(index)] = Located(slot, generation, digest)
+        checksum = digest(row)
+        self.ledger.set_checksum(slot, generation, checksum)
+        self._where[key(index)] = Located(slot, generation, checksum)
 
     def retract(self, slot: int) -> None:
         """Make the slot unreadable, then spoil its bytes. The announcement stays: a stale directory entry."""

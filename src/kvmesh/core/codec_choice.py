@@ -12,8 +12,8 @@ first form says that the three overlap, which is right where cores are free; whe
 RETRY_S, and k knows better from then on.
 
 Raw is what everything is compared with. So it takes two fetches that say that a link is slow (the first one, too, may
-have met a hiccup), and one that says that it is fast. And it is measured anew every now and then while coded is chosen: a link that
-has become fast must not stay coded for ever. That costs at most REFRESH_SHARE of the time of fetches.
+have met a hiccup), and one that says that it is fast. And it is measured anew every now and then while coded is chosen:
+a link that has become fast must not stay coded for ever. That costs at most REFRESH_SHARE of the time of fetches.
 """
 
 from __future__ import annotations
