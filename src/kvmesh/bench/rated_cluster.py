@@ -11,6 +11,7 @@ from kvmesh.bench.cluster import Controller, wait_healthy
 from kvmesh.bench.links import Star
 from kvmesh.bench.rated_engine import Options, Put, RatedProcess, WaitVisible
 from kvmesh.config import KVMeshConfig
+from kvmesh.config.model import WireCodec
 from kvmesh.errors import StartupError
 
 PEER_PORT = 8200
@@ -21,15 +22,28 @@ class RatedCluster:
     """Use as a context manager: everything is started on entry. Raises StartupError when namespaces cannot be made."""
 
     def __init__(
-        self, holders: int, *, slots: int, chunk_bytes: int, chunk_tokens: int, tokens_per_s: float, **keys: object
+        self,
+        holders: int,
+        *,
+        slots: int,
+        chunk_bytes: int,
+        chunk_tokens: int,
+        tokens_per_s: float,
+        like_kv: bool = False,
+        wire_codec: WireCodec = "none",
+        **keys: object,
     ) -> None:
-        """`keys` are configuration keys of the reader."""
+        """`keys` are configuration keys of the reader, `wire_codec` is everybody's; `like_kv` makes chunks that shrink
+        as KV does.
+        """
+        self._wire_codec: WireCodec = wire_codec
         self.star = Star(holders)
         self._shape = {
             "slots": slots,
             "chunk_bytes": chunk_bytes,
             "chunk_tokens": chunk_tokens,
             "tokens_per_s": tokens_per_s,
+            "like_kv": like_kv,
         }
         self._keys = keys
         self._stack = contextlib.ExitStack()
@@ -78,6 +92,7 @@ class RatedCluster:
                 enable_controller=True,
                 controller_pull_url=f"tcp://{self.star.controller_address(number)}:{self.controller.pull_port}",
                 controller_reply_url=f"tcp://{self.star.controller_address(number)}:{self.controller.reply_port}",
+                wire_codec=self._wire_codec,
                 **(self._keys if is_reader else {"fetch_gate": "off"}),
             )
             options = Options(config=config.to_wire().decode(), **self._shape)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from kvmesh.bench.stand_in import StandInEngine, make_key
+from kvmesh.bench.stand_in import StandInEngine, content, kv_content, make_key, stand_in_format
 from kvmesh.config import KVMeshConfig
 from kvmesh.core.gate import NO_GATE, GateDecision, Prefill, decide
 from kvmesh.errors import StartupError
@@ -33,6 +33,8 @@ class Options(msgspec.Struct, frozen=True):
     chunk_bytes: int
     chunk_tokens: int
     tokens_per_s: float
+    like_kv: bool = False
+    """Chunks are numbers like those of KV, instead of noise."""
 
 
 class Put(msgspec.Struct, frozen=True, tag=True):
@@ -84,7 +86,14 @@ class RatedEngine:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._config = KVMeshConfig.from_wire(options.config.encode())
-        self._engine = StandInEngine(self._config, slots=options.slots, chunk_bytes=options.chunk_bytes)
+        kv_format = stand_in_format(options.chunk_bytes, **({"kv_dtype": "bfloat16"} if options.like_kv else {}))
+        self._engine = StandInEngine(
+            self._config,
+            slots=options.slots,
+            chunk_bytes=options.chunk_bytes,
+            kv_format=kv_format,
+            content=kv_content if options.like_kv else content,
+        )
         self._prefill = Prefill()
         self._engine.start()
 

@@ -41,6 +41,13 @@ def content(key: bytes, chunk_bytes: int) -> bytes:
     return np.random.Generator(np.random.PCG64(seed)).bytes(chunk_bytes)
 
 
+def kv_content(key: bytes, chunk_bytes: int) -> bytes:
+    """The same with normally distributed bfloat16 numbers, which shrink about as much as real KV does."""
+    seed = int.from_bytes(key[:16], "little")
+    numbers = np.random.Generator(np.random.PCG64(seed)).standard_normal(chunk_bytes // 2, np.float32)
+    return (numbers.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()
+
+
 def stand_in_format(chunk_bytes: int, **changed: object) -> Format:
     """A format for stand-ins; `changed` fields make it another one."""
     fields: dict[str, object] = {
@@ -83,11 +90,15 @@ class StandInEngine:
         slots: int,
         chunk_bytes: int,
         kv_format: Format | None = None,
-        stored: Callable[[bytes, int], bytes] = content,
+        content: Callable[[bytes, int], bytes] = content,
+        stored: Callable[[bytes, int], bytes] | None = None,
     ) -> None:
-        """`stored` gives the bytes that `put` stores; another one makes an engine whose chunks nobody may get."""
+        """`content` gives a chunk's bytes, `stored` those that `put` stores: another one makes an engine whose chunks
+        nobody may get.
+        """
         self.chunk_bytes = chunk_bytes
-        self._stored = stored
+        self._content = content
+        self._stored = stored or content
         self.format = kv_format or stand_in_format(chunk_bytes)
         self.pool = HostPool.create(slots, chunk_bytes)
         self.ledger = SlotLedger.create(slots, chunk_bytes)
@@ -169,7 +180,7 @@ class StandInEngine:
 
     def is_wrong(self, key: bytes) -> bool:
         """Whether the slot of a held chunk contains anything but its bytes."""
-        return bytes(self.pool.row(self._slots[key])) != content(key, self.chunk_bytes)
+        return bytes(self.pool.row(self._slots[key])) != self._content(key, self.chunk_bytes)
 
     def holds(self, key: bytes) -> bool:
         return key in self._slots

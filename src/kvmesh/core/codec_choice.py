@@ -3,13 +3,13 @@
 For one peer, in seconds per byte of a chunk:
 
     raw    = u                      measured by fetches that came raw
-    coded  = max(e, d, r * u)       as long as no coded fetch has been measured on a link of this speed
-           = k + r * u              afterwards; k is what coded fetches took beyond the link's part
+    coded  = max(e, d, r * u)       as long as fewer than TRIES coded fetches have been measured at this speed
+           = k + r * u              afterwards; k is what the best of the last TRIES took beyond the link's part
     coded is chosen while  coded < (1 - MARGIN) * raw
 
-with e and d, what encoding and decoding take, and r, coded bytes per byte, measured on chunks of this very format. The
-first form says that the three overlap, which is right where cores are free; when it is wrong, that costs one fetch in
-RETRY_S, and k knows better from then on.
+with e and d, the processor time that encoding and decoding take, and r, coded bytes per byte, measured on chunks of
+this very format. The first form says that the three overlap, which is right where cores are free; when it is wrong,
+that costs TRIES fetches in RETRY_S, and k knows better from then on.
 
 Raw is what everything is compared with. So it takes two fetches that say that a link is slow (the first one, too, may
 have met a hiccup), and one that says that it is fast. And it is measured anew every now and then while coded is chosen:
@@ -25,6 +25,8 @@ FACT_WEIGHT = 0.2
 """Of a new measurement of the codec, which comes with every chunk."""
 MIN_BYTES = 256 << 10
 """A smaller fetch says more about the round trip than about the link."""
+TRIES = 3
+"""The first ones are often slow, for reasons that have nothing to do with coding: the link's queue, say."""
 RETRY_S = 60.0
 """After so long a link on which coding did not pay is tried again: the processor may have been busy."""
 REFRESH_S = 30.0
@@ -67,10 +69,10 @@ class CodecChoice:
         """What the last fetch said, when it was the first to say that the link is slow."""
         self._raw_until_s = 0.0
         """time.monotonic() until which that is fresh."""
-        self._extra_s: float | None = None
-        """k of the module's docstring."""
+        self._extra_s: list[float] = []
+        """Of the last coded fetches; k is the smallest."""
         self._extra_at_s = self._extra_link_s = 0.0
-        """When k was measured, and u then."""
+        """When the last one was, and u then."""
 
     def wants_coded(self, now_s: float) -> bool:
         """Whether the next fetch is to come coded."""
@@ -85,8 +87,8 @@ class CodecChoice:
         if raw_s is None or facts.ratio is None or facts.encode_s is None or facts.decode_s is None:
             return None
         link_s = facts.ratio * raw_s
-        if self._extra_s is not None and now_s - self._extra_at_s < RETRY_S and self._is_same_link(raw_s):
-            return self._extra_s + link_s
+        if len(self._extra_s) == TRIES and self._is_known(now_s, raw_s):
+            return min(self._extra_s) + link_s
         return max(facts.encode_s, facts.decode_s, link_s)
 
     def came_raw(self, now_s: float, raw_bytes: int, seconds: float) -> None:
@@ -108,13 +110,14 @@ class CodecChoice:
         if raw_bytes < MIN_BYTES or seconds <= 0 or self._raw_s is None:
             return
         extra_s = max(0.0, (seconds - wire_bytes * self._raw_s) / raw_bytes)
-        is_known = now_s - self._extra_at_s < RETRY_S and self._is_same_link(self._raw_s)
-        self._extra_s = _blend(self._extra_s if is_known else None, extra_s, NEW_WEIGHT)
+        before = self._extra_s[1 - TRIES :] if self._is_known(now_s, self._raw_s) else []
+        self._extra_s = [*before, extra_s]
         self._extra_at_s, self._extra_link_s = now_s, self._raw_s
 
-    def _is_same_link(self, raw_s: float) -> bool:
-        """As when k was measured."""
-        return self._extra_link_s / CHANGED < raw_s < self._extra_link_s * CHANGED
+    def _is_known(self, now_s: float, raw_s: float) -> bool:
+        """Whether k still counts: it is fresh, and the link is as it was then."""
+        is_same_link = self._extra_link_s / CHANGED < raw_s < self._extra_link_s * CHANGED
+        return is_same_link and now_s - self._extra_at_s < RETRY_S
 
 
 def _blend(old: float | None, new: float, weight: float) -> float:

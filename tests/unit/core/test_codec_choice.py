@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmesh.core.codec_choice import MARGIN, REFRESH_S, CodecChoice, CodecFacts
+from kvmesh.core.codec_choice import MARGIN, REFRESH_S, TRIES, CodecChoice, CodecFacts
 
 FETCH_BYTES = 8 << 20
 MB = 1e-6
@@ -74,11 +74,11 @@ def test_bytes_that_hardly_shrink_come_raw() -> None:
     assert not any(link.fetch() for _ in range(20))
 
 
-def test_a_peer_that_codes_more_slowly_than_thought_is_tried_once() -> None:
-    """It is asked again a minute later: it may have been busy."""
+def test_a_peer_that_codes_more_slowly_than_thought_is_tried_a_few_times() -> None:
+    """And again a minute later: it may have been busy."""
     link = Link(0.01 * MB, 0.02 * MB, 0.69, said_coder_s=0.001 * MB)
     tried = [link.fetch(pause_s=1.0) for _ in range(50)]
-    assert tried.count(True) == 1
+    assert tried.count(True) == TRIES
     link.coder_s = 0.001 * MB
     tried = [link.fetch(pause_s=1.0) for _ in range(50)]
     assert tried.count(True) > 30
@@ -111,6 +111,7 @@ def test_a_link_that_becomes_slow_is_noticed_at_once() -> None:
     said=st.floats(0.5, 2.0),
     pause_s=st.floats(0.0, 10.0),
 )
+@settings(deadline=None)
 def test_never_slower_than_raw(speeds: list[float], coder: float, ratio: float, said: float, pause_s: float) -> None:
     """In sum over many fetches, on links that change, also where coding takes another time than was measured here: by
     5 % at most, and by the few fetches that tried it.
@@ -121,7 +122,7 @@ def test_never_slower_than_raw(speeds: list[float], coder: float, ratio: float, 
         link.link_s = speed * MB
         for _ in range(100):
             link.fetch(pause_s)
-    tries = 4 * len(speeds) + 6 * (link.now_s - 100.0) / REFRESH_S
+    tries = 8 * len(speeds) + 8 * (link.now_s - 100.0) / REFRESH_S
     assert link.spent_s <= 1.05 * link.raw_s + tries * worst_try_s
 
 

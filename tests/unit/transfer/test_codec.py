@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.transfer.codec import (
@@ -41,6 +41,7 @@ def there_and_back(codec, block: bytes) -> bytes:
     repeats=st.integers(1, 2000),
     width=st.sampled_from([1, 2, 4]),
 )
+@settings(deadline=None)
 def test_planes_bring_every_byte_back(words: list[int], repeats: int, width: int) -> None:
     block = (np.array(words, np.uint16).tobytes() * (4 * repeats))[:BLOCK_BYTES]
     assert there_and_back(PlaneCodec(width), block) == block
@@ -76,6 +77,7 @@ values = st.floats(width=16, allow_nan=True, allow_infinity=True) | st.floats(-(
     scale=st.sampled_from([1e-40, 1e-30, 1e-8, 1.0, 1e4, 1e30]),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
 )
+@settings(deadline=None)
 def test_int8_of_what_was_int8_is_the_same(numbers: list[float], scale: float, dtype: str) -> None:
     """Bit by bit, whatever the numbers: so a chunk is rounded once, however many instances it passes."""
     with np.errstate(all="ignore"):
@@ -145,6 +147,7 @@ def test_what_no_coder_makes_is_refused(coded: bytes) -> None:
 
 
 @given(coded=st.binary(max_size=1100))
+@settings(deadline=None)
 def test_anything_else_is_refused_or_fills_the_block(coded: bytes) -> None:
     for codec in (PlaneCodec(2), PlaneCodec(4), Int8Codec("float16", GROUP)):
         block = bytearray(1024)
