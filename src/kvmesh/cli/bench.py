@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvmesh.cli.codec import bench_codec
 from kvmesh.cli.lists import names, numbers
 from kvmesh.cli.shared import JsonFlag
 
@@ -18,6 +19,8 @@ bench_app = typer.Typer(
     "`kvmesh bench ttft` is the table in the README. `--json` is for scripts, `--quick` for a first look. "
     "docs/benchmarks.md has the numbers of all of them, with the machine named.",
 )
+bench_app.command("codec")(bench_codec)
+
 
 MIN_CHUNK_MIB = 4096 / (1 << 20)
 """A page: pools have no smaller slots."""

@@ -100,14 +100,19 @@ def _coding_metrics(now: CodingStatistics) -> Iterable[Metric]:
     wire = CounterMetricFamily(
         "kvmesh_node_coded_wire_bytes", "Bytes, on the wire, of chunks that travelled coded.", labels=["direction"]
     )
-    for direction, raw_bytes, wire_bytes in (
-        ("sent", now.sent_raw_bytes, now.sent_wire_bytes),
-        ("received", now.received_raw_bytes, now.received_wire_bytes),
+    seconds = CounterMetricFamily(
+        "kvmesh_node_coding_seconds",
+        "Processor time spent on coding what was sent, decoding what was received.",
+        labels=["direction"],
+    )
+    for direction, raw_bytes, wire_bytes, spent_s in (
+        ("sent", now.sent_raw_bytes, now.sent_wire_bytes, now.encode_s),
+        ("received", now.received_raw_bytes, now.received_wire_bytes, now.decode_s),
     ):
         raw.add_metric([direction], raw_bytes)
         wire.add_metric([direction], wire_bytes)
-    yield raw
-    yield wire
+        seconds.add_metric([direction], spent_s)
+    yield from (raw, wire, seconds)
 
 
 def make_app(node: Node) -> Starlette:

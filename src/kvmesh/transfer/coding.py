@@ -55,6 +55,10 @@ class CodingStatistics(NamedTuple):
     """What they were on the wire."""
     received_raw_bytes: int
     received_wire_bytes: int
+    encode_s: float
+    """Processor time for what was sent."""
+    decode_s: float
+    """And for what was received."""
 
 
 class Coding:
@@ -80,6 +84,7 @@ class Coding:
         self._choices: OrderedDict[str, CodecChoice] = OrderedDict()
         self._samples, self._sampled_at_s = 0, 0.0
         self._sent = self._sent_wire = self._received = self._received_wire = 0
+        self._encode_s = self._decode_s = 0.0
 
     # -- holder --------------------------------------------------------------------------------------------------------
 
@@ -98,6 +103,7 @@ class Coding:
             self._facts.encoded(len(block), wire_bytes, seconds)
             self._sent += len(block)
             self._sent_wire += wire_bytes
+            self._encode_s += seconds
         return [_LENGTH.pack(len(payload)), payload]
 
     def blocks(self, row: memoryview) -> Iterator[memoryview]:
@@ -145,6 +151,7 @@ class Coding:
             self._facts.decoded(raw_bytes, wire_bytes, seconds)
             self._received += raw_bytes
             self._received_wire += wire_bytes
+            self._decode_s += seconds
 
     def wants_sample(self) -> bool:
         """Whether a chunk that has come raw is to be given to `sample`. True once for each time it is due."""
@@ -178,7 +185,9 @@ class Coding:
     def statistics(self) -> CodingStatistics:
         """Counters."""
         with self._lock:
-            return CodingStatistics(self._sent, self._sent_wire, self._received, self._received_wire)
+            return CodingStatistics(
+                self._sent, self._sent_wire, self._received, self._received_wire, self._encode_s, self._decode_s
+            )
 
 
 class PeerCoding(NamedTuple):

@@ -112,7 +112,7 @@ def test_a_codec_that_one_side_offers_is_not_used(store: Store, sides: str) -> N
         assert [outcome.reason for outcome in outcomes] == [None] * CHUNKS
         assert bytes(pool.row(0)) == chunk(0)
         assert made is not None
-        assert made.statistics() == (0, 0, 0, 0)
+        assert not any(made.statistics())
 
 
 def test_auto_codes_when_it_has_learned_that_it_pays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
