@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import psutil
 import pytest
 
 from kvmesh.bench.cluster import Controller, wait_healthy
-from kvmesh.bench.stand_in import StandInEngine, make_key, stand_in_format
+from kvmesh.bench.stand_in import StandInEngine, kv_content, make_key, stand_in_format
+from kvmesh.core.format import with_int8
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
 from support.stand_ins import CHUNK_BYTES, make_config, running_controller, running_engine
@@ -55,6 +57,33 @@ def test_chunks_travel_and_spread(pair: tuple[StandInEngine, StandInEngine]) -> 
     assert left.wait_visible(KEYS), "fetched chunks are published by the fetcher"
     back = left.get(KEYS)
     assert (back.fetched, back.wrong) == (len(KEYS), 0)
+
+
+def test_chunks_travel_as_int8(controller: Controller) -> None:
+    """A third engine gets from the second one the very bytes that the second one has got, under the same checksum."""
+    plain = stand_in_format(CHUNK_BYTES, kv_dtype="bfloat16", model_name=f"coded-{os.urandom(4).hex()}")
+    kv_format = with_int8(plain, 64)
+    with contextlib.ExitStack() as stack:
+        first, second, third = (
+            stack.enter_context(
+                running_engine(
+                    make_config(controller, f"{name}-{os.urandom(4).hex()}", wire_codec="int8"), kv_format=kv_format
+                )
+            )
+            for name in ("first", "second", "third")
+        )
+        first._stored = kv_content
+        first.put(KEYS)
+        assert second.wait_visible(KEYS)
+        assert second.get(KEYS).fetched == len(KEYS)
+        first.forget(KEYS)
+        assert third.wait_visible(KEYS)
+        assert first.wait_visible(KEYS)
+        assert third.get(KEYS).fetched == len(KEYS)
+        for key in KEYS:
+            held, passed_on = (bytes(engine.pool.row(engine._slots[key])) for engine in (second, third))
+            assert held == passed_on
+            assert held != kv_content(key, CHUNK_BYTES)
 
 
 def test_evicted_chunks_are_misses(pair: tuple[StandInEngine, StandInEngine]) -> None:

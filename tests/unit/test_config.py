@@ -348,6 +348,7 @@ class TestCombinations:
         ("text", "key"),
         [
             ("peer_port: 8200\nlookup_port: 8200\n", "lookup_port"),
+            ("wire_codec: int8\ntransfer_channel: shm\n", "wire_codec"),
             ("p2p_init_ports: [8200, 8300]\nlmcache_worker_ports: [8500, 8200]\n", "lmcache_worker_ports"),
             ("peer_port: [8200, 8200]\n", "peer_port"),
             ("local_cpu: false\n", "local_cpu"),

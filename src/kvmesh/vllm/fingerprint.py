@@ -119,7 +119,7 @@ def make_int8_format(facts: ModelFacts, config: OffloadingConfig, *, chunk_bytes
     try:
         if len(config.groups) > 1:
             raise ValueError(f"{len(config.groups)} KV cache groups, whose elements may differ")
-        return with_int8(plain, facts["head_size"])
+        return with_int8(plain, facts.get("head_size", 0))
     except ValueError as error:
         raise UnsupportedError(
             "wire_codec int8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,16 @@ from types import SimpleNamespace
 import pytest
 
 from kvmesh.core.format import differences
+from kvmesh.errors import UnsupportedError
 from kvmesh.vllm import fingerprint
-from kvmesh.vllm.fingerprint import SAMPLE_BYTES, SAMPLES_PER_FILE, make_format, model_facts, weights_digest
+from kvmesh.vllm.fingerprint import (
+    SAMPLE_BYTES,
+    SAMPLES_PER_FILE,
+    make_format,
+    make_int8_format,
+    model_facts,
+    weights_digest,
+)
 from support.vllm_fakes import FACTS, make_offloading_config, make_vllm_config
 
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
@@ -148,6 +157,22 @@ def test_another_kv_dtype_and_another_model_dtype_are_told_apart():
     other = make_format({**FACTS, "model_dtype": "bfloat16"}, make_offloading_config(), chunk_bytes=4096)
     (difference,) = differences(plain, other)
     assert (difference.field, difference.theirs) == ("kv_dtype", "float32 (model bfloat16)")
+
+
+def test_int8_makes_a_format_of_its_own():
+    """One field differs from that of exact instances; models for which int8 is not defined stop the engine."""
+    facts = {**FACTS, "head_size": 64}
+    plain = make_format(facts, make_offloading_config(), chunk_bytes=4096)
+    int8 = make_int8_format(facts, make_offloading_config(), chunk_bytes=4096)
+    (difference,) = differences(plain, int8)
+    assert (difference.field, difference.theirs) == ("kv_dtype", "float32, int8 per 64 in transfer")
+    for unknown, chunk_bytes in ((FACTS, 4096), ({**FACTS, "head_size": 80}, 4096)):
+        with pytest.raises(UnsupportedError, match="wire_codec int8"):
+            make_int8_format(unknown, make_offloading_config(), chunk_bytes=chunk_bytes)
+    config = make_offloading_config()
+    two_groups = dataclasses.replace(config, groups=config.groups * 2)
+    with pytest.raises(UnsupportedError, match="2 KV cache groups"):
+        make_int8_format(facts, two_groups, chunk_bytes=4096)
 
 
 def test_gpus_have_no_instruction_set_in_the_format(monkeypatch):
