@@ -17,7 +17,8 @@ from kvmesh.node.peer_server import PeerServer
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
-from kvmesh.transfer.tcp import RUN_BYTES, TcpTransport
+from kvmesh.transfer.pull import RUN_BYTES
+from kvmesh.transfer.tcp import TcpTransport
 from kvmesh.wire import peer
 from kvmesh.wire.framing import pack_frame
 from support.transfer_holder import (
