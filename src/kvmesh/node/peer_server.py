@@ -30,7 +30,8 @@ from kvmesh.errors import (
     TransferError,
 )
 from kvmesh.logs import LogLimiter
-from kvmesh.transfer.base import Deadline, Locate, Located
+from kvmesh.node.chunk_sender import ChunkSender
+from kvmesh.transfer.base import Deadline, Locate
 from kvmesh.transfer.coding import Coding
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
@@ -40,12 +41,8 @@ from kvmesh.wire.auth import Role
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
     HELLO_LIMIT_BYTES,
-    NO_CHECKSUM,
     PROTOCOL_VERSION,
     UNAUTHENTICATED,
-    ChunkHeader,
-    ChunkStatus,
-    ChunkTrailer,
     Follow,
     Get,
     Held,
@@ -67,15 +64,12 @@ from kvmesh.wire.peer import (
     ShmAttached,
     Validate,
     Validated,
-    Verdict,
     decode_hello,
     decode_proof,
     decode_request,
     encode,
     format_differences,
     pack_bits,
-    pack_header,
-    pack_trailer,
 )
 
 log = logging.getLogger(__name__)
@@ -201,11 +195,11 @@ class PeerServer:
         self._security = security
         self._following = following
         self._offers = offers
-        self._coding = coding
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
         self._patience = Deadline(math.inf, stall_timeout_s)  # no end as long as bytes flow
+        self._sender = ChunkSender(pool, ledger, locate, coding, self._patience)
         self._idle_timeout_s = idle_timeout_s
         self._spare_idle_s = spare_idle_s
         self._listeners: list[socket.socket] = []
@@ -476,65 +470,15 @@ class PeerServer:
             log.error("cannot serve with nixl: %s", error)
             return Refused("unsupported", str(error)[:1024])
 
-    def _find(self, key: bytes) -> Located | None:
-        """Where the chunk is, if the ledger agrees that it is there under this very key."""
-        located = self._locate(key)
-        if located is None:
-            return None
-        record = self._ledger.read(located.slot)
-        if record is None or record.generation != located.generation or record.key != key:
-            return None
-        return located
-
     def _send_chunks(self, stream: PeerStream, get: Get) -> None:
-        """Header, payload, trailer for each key. A trailer leaves together with what follows it, in one system call."""
-        coding = self._coding_for(get)
-        owed: list[bytes | memoryview] = []
         counts = Counter[str]()
         try:
-            for position, key in enumerate(get.keys):
-                located = self._find(key)
-                if located is None:
-                    counts["gone"] += 1
-                    owed.append(pack_header(ChunkHeader(ChunkStatus.GONE, get.request, position, 0), stream.sending))
-                    continue
-                row = self._pool.row(located.slot)
-                header = ChunkHeader(ChunkStatus.HELD, get.request, position, len(row))
-                owed.append(pack_header(header, stream.sending))
-                if coding is None:
-                    stream.send([*owed, row], self._patience)
-                else:
-                    self._send_coded(stream, coding, row, owed)
-                # Every byte has left the slot: only now does the generation say what they were.
-                is_valid = self._ledger.is_current(located.slot, located.generation)
-                counts["served" if is_valid else "stale"] += 1
-                verdict = Verdict.VALID if is_valid else Verdict.STALE
-                checksum = located.checksum if is_valid else NO_CHECKSUM
-                owed = [pack_trailer(ChunkTrailer(verdict, get.request, position, checksum), stream.sending)]
+            self._sender.send(stream, get, counts)
         finally:
             self._count(**counts)
-        stream.send(owed, self._patience)
-
-    def _coding_for(self, get: Get) -> Coding | None:
-        """The codec that a Get names; None for raw chunks. Raises MessageError for one that we did not offer, and for
-        none where bytes only travel coded.
-        """
-        if get.codec != ("" if self._coding is None else self._coding.name):
-            if get.codec or (self._coding is not None and self._coding.is_lossy):
-                raise MessageError(f"chunks asked for with codec {get.codec!r}")
-            return None
-        return self._coding
-
-    def _send_coded(
-        self, stream: PeerStream, coding: Coding, row: memoryview, owed: Sequence[bytes | memoryview]
-    ) -> None:
-        """A slot block by block: the kernel sends what was coded before while the next one is coded."""
-        for block in coding.blocks(row):
-            stream.send([*owed, *coding.code(block)], self._patience)
-            owed = ()
 
     def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
-        found = [self._find(key) for key in request.keys]
+        found = [self._sender.find(key) for key in request.keys]
         serving, addresses = nixl.addresses([located.slot for located in found if located is not None])
         places: list[Place | None] = []
         remaining = iter(addresses)
