@@ -154,16 +154,10 @@ class Coding:
             self._decode_s += seconds
 
     def wants_sample(self) -> bool:
-        """Whether a chunk that has come raw is to be given to `sample`. True once for each time it is due."""
-        if not self._is_choosing:
-            return False
-        now_s = time.monotonic()
+        """Whether a chunk that has come raw is to be given to `sample`."""
         with self._lock:
-            if self._samples >= SAMPLES and now_s - self._sampled_at_s < SAMPLE_S:
-                return False
-            self._samples += 1
-            self._sampled_at_s = now_s
-            return True
+            is_due = self._samples < SAMPLES or time.monotonic() - self._sampled_at_s > SAMPLE_S
+            return self._is_choosing and is_due
 
     def sample(self, row: bytes) -> None:
         """Measure coding on (the beginning of) a chunk: milliseconds."""
@@ -181,6 +175,9 @@ class Coding:
             with self._lock:
                 self._facts.encoded(len(block), wire_bytes, encoded_s - started_s)
                 self._facts.decoded(len(block), wire_bytes, decoded_s - encoded_s)
+        with self._lock:
+            self._samples += 1
+            self._sampled_at_s = time.monotonic()
 
     def statistics(self) -> CodingStatistics:
         """Counters."""

@@ -219,6 +219,17 @@ def scripted(stream: bytes) -> Iterator[tuple[int, bytearray]]:
         thread.join()
 
 
+class OldGet(msgspec.Struct, array_like=True, tag="Get"):
+    request: int
+    keys: list[bytes]
+
+
+def test_an_old_holder_reads_past_the_codec() -> None:
+    """What a new fetcher sends it is what it knows, and something more at the end."""
+    read = msgspec.msgpack.decode(peer.encode(peer.Get(7, [key(0)], "planes")), type=OldGet)
+    assert (read.request, read.keys) == (7, [key(0)])
+
+
 def test_an_old_holder_is_asked_raw() -> None:
     payload = chunk(0)
     greeting = pack_frame(without_last(hello(PLAIN, None)))
