@@ -3,13 +3,13 @@
 For one peer, in seconds per byte of a chunk:
 
     raw    = u                      measured by fetches that came raw
-    coded  = max(e, d, r * u)       as long as fewer than TRIES coded fetches have been measured at this speed
+    coded  = max(2 e, 2 d, r * u)   as long as fewer than TRIES coded fetches have been measured at this speed
            = k + r * u              afterwards; k is what the best of the last TRIES took beyond the link's part
     coded is chosen while  coded < (1 - MARGIN) * raw
 
 with e and d, the processor time that encoding and decoding take, and r, coded bytes per byte, measured on chunks of
-this very format. The first form says that the three overlap, which is right where cores are free; when it is wrong,
-that costs TRIES fetches in RETRY_S, and k knows better from then on.
+this very format; twice (BUSY), because processors have other things to do. The first form says that the three overlap;
+where it is wrong, that costs TRIES fetches in RETRY_S, and k knows better from then on.
 
 Raw is what everything is compared with. So it takes two fetches that say that a link is slow (the first one, too, may
 have met a hiccup), and one that says that it is fast. And it is measured anew every now and then while coded is chosen:
@@ -31,6 +31,8 @@ RETRY_S = 60.0
 """After so long a link on which coding did not pay is tried again: the processor may have been busy."""
 REFRESH_S = 30.0
 REFRESH_SHARE = 0.05
+BUSY = 2.0
+"""What coding takes at least, over its processor time, before it has been seen to take less."""
 CHANGED = 1.5
 """A link so much faster or slower than when k was measured is another link."""
 
@@ -89,7 +91,7 @@ class CodecChoice:
         link_s = facts.ratio * raw_s
         if len(self._extra_s) == TRIES and self._is_known(now_s, raw_s):
             return min(self._extra_s) + link_s
-        return max(facts.encode_s, facts.decode_s, link_s)
+        return max(BUSY * facts.encode_s, BUSY * facts.decode_s, link_s)
 
     def came_raw(self, now_s: float, raw_bytes: int, seconds: float) -> None:
         """A fetch of so many bytes (those that others pulled meanwhile included) took so long."""

@@ -45,8 +45,9 @@ class ChunkSender:
             return None
         return located
 
-    def send(self, stream: PeerStream, get: Get, counts: Counter[str]) -> None:
-        """Header, payload, trailer for each key. A trailer leaves together with what follows it, in one system call.
+    def send(self, stream: PeerStream, get: Get, counts: Counter[str]) -> list[bytes | memoryview]:
+        """Header, payload, trailer for each key. A trailer leaves together with what follows it, in one system call;
+        returns what is to be sent last.
 
         Adds to `counts` (`served`, `stale`, `gone`) as it goes. Raises MessageError and what the stream raises.
         """
@@ -71,7 +72,7 @@ class ChunkSender:
             verdict = Verdict.VALID if is_valid else Verdict.STALE
             checksum = located.checksum if is_valid else NO_CHECKSUM
             owed = [pack_trailer(ChunkTrailer(verdict, get.request, position, checksum), stream.sending)]
-        stream.send(owed, self._patience)
+        return owed
 
     def _coding_for(self, get: Get) -> Coding | None:
         """The codec that a Get names; None for raw chunks. Raises MessageError for one that we did not offer, and for

@@ -473,9 +473,10 @@ class PeerServer:
     def _send_chunks(self, stream: PeerStream, get: Get) -> None:
         counts = Counter[str]()
         try:
-            self._sender.send(stream, get, counts)
+            owed = self._sender.send(stream, get, counts)
         finally:
             self._count(**counts)
+        stream.send(owed, self._patience)
 
     def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
         found = [self._sender.find(key) for key in request.keys]
