@@ -72,6 +72,17 @@ class RateMeter:
             seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
         self._add(units, seconds)
 
+    def start_over(self, observations: Sequence[tuple[float, float]]) -> None:
+        """Forget everything and begin with these (units, seconds): what was known has been put to the test."""
+        self._forget()
+        self.rate = None
+        for units, seconds in observations:
+            self.observe(units, seconds)
+
+    def _forget(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._strange.clear()
+
     def _has_changed(self, units: float, seconds: float, expected_s: float) -> bool:
         """Begin anew with the last outliers, this one included, when there were enough of them."""
         is_longer = seconds > expected_s
@@ -84,10 +95,10 @@ class RateMeter:
         self._strange.append((units, seconds))
         if len(self._strange) < STRANGE:
             return False
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
-        for outlier in self._strange:
+        outliers = list(self._strange)
+        self._forget()
+        for outlier in outliers:
             self._add(*outlier)
-        self._strange.clear()
         return True
 
     def _add(self, units: float, seconds: float) -> None:

@@ -132,7 +132,7 @@ class EngineLink(NodeListener):
             case link.KeysMade():
                 self._keys_made(message)
             case link.RequestRecord():
-                self._node.requests.take(message)
+                self._node.take_record(message)
             case link.GiveUp():
                 _start(self._give_up(self._node), self._others)
             case link.Start():

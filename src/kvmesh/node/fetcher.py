@@ -257,9 +257,10 @@ class Fetcher:
         job.deadline = job.deadline._replace(at_s=time.monotonic() + deadline_s(self._policy, decision, timeout_s))
         if not decision.refused:
             return plan
-        for peer in peers.values():
-            if peer is not None:
-                peer.wants_probe = True
+        for run in plan.runs:
+            refused_by = peers[run.holder]
+            if refused_by is not None:
+                refused_by.refused(item.key for item in run.items)
         keep = decision.chunks
         if keep and len({group_of(item.key) for run in plan.runs for item in run.items}) > 1:
             return plan  # a part of the chunks of several groups is no prefix

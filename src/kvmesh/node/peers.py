@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from itertools import islice
 
 from kvmesh.core.breaker import Breaker
 from kvmesh.core.format import Format, differences
@@ -36,6 +37,8 @@ UNDELIVERED_LIMIT = 3
 one or two.
 """
 MAX_UNDELIVERED = 10_000
+MAX_REFUSED_KEYS = 64
+"""What a probe needs at most, unless chunks are very small."""
 CORRUPT_LIMIT = 3
 """A peer with so many corrupt chunks gets the breaker's longest pause for each further one."""
 
@@ -58,6 +61,8 @@ class Peer:
         """time.monotonic() of the last fetch or probe that told how fast it is."""
         self.wants_probe = False
         """The gate has refused it since then: nothing but a probe will tell whether it has become faster."""
+        self.refused_keys: tuple[ChunkKey, ...] = ()
+        """Some of what was refused: a probe may ask for these where nobody knows what else the peer holds."""
         self.corrupt_chunks = 0
         """Chunks that did not arrive with the bytes they were published with, in this life of the peer."""
         self._undelivered: dict[ChunkKey, int] = {}
@@ -74,6 +79,19 @@ class Peer:
         self.rate.observe(count_bytes * (1 + others), seconds)
         self.measured_at_s = time.monotonic()
         self.wants_probe = False
+
+    def probed(self, runs: Sequence[tuple[int, float]], others: float) -> None:
+        """Probes have brought (bytes, seconds), while so many others were under way. They are measured with care and
+        beside the requests, so they replace what was known: a peer that a bad moment made look slow gets its chance.
+        """
+        self.rate.start_over([(count_bytes * (1 + others), seconds) for count_bytes, seconds in runs])
+        self.measured_at_s = time.monotonic()
+        self.wants_probe = False
+
+    def refused(self, keys: Iterable[ChunkKey]) -> None:
+        """The gate has left these to be computed, which the peer holds."""
+        self.wants_probe = True
+        self.refused_keys = tuple(islice(keys, MAX_REFUSED_KEYS))
 
     def note(self, key: ChunkKey, reason: MissReason | None) -> bool:
         """Take note of what became of one chunk asked of this peer. True when it is not to be asked for it again."""

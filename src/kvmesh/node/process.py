@@ -303,6 +303,13 @@ class Node:
         """Who holds a chunk, as far as the replica knows or the directory has said."""
         return self.replica.holders(key) or self.asker.holders(key)
 
+    def take_record(self, record: link.RequestRecord) -> None:
+        """The engine tells of a request. What its gate has refused by the rates it was told, this node may measure."""
+        self.requests.take(record)
+        for miss in record.misses:
+            if miss.reason is MissReason.GATE_REFUSED:
+                self._prober.refused(miss.key, self.holders(miss.key))
+
     # -- DirectoryListener ---------------------------------------------------------------------------------------------
 
     def on_connection(self, connected: bool) -> None:

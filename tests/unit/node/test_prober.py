@@ -12,7 +12,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.core.replica import Replica
 from kvmesh.node import prober as prober_module
 from kvmesh.node.peers import Peers
-from kvmesh.node.prober import REPEAT_S, Prober
+from kvmesh.node.prober import REPEAT_S, UNPROBED_REPEAT_S, Prober
 from kvmesh.transfer.fake import FakeTransport, Fault
 from support.transfer_holder import Store, key
 from unit.controller.makers import make_format, make_member
@@ -82,6 +82,63 @@ def test_who_holds_nothing_is_busy_or_left_alone_is_not_probed(world):
     del nothing
 
 
+async def test_what_is_quick_is_measured_in_two_sizes_and_the_quickest_counts(world, monkeypatch):
+    """The first fetch pays for fresh memory and threads, and any one may fall into a bad moment."""
+    took_s = iter([0.09, 0.004, 0.013, 0.002, 0.050, 0.080, 0.005])
+    asked = []
+
+    def fetch(transport, items):
+        asked.append(len(items))
+        return len(items), next(took_s)
+
+    monkeypatch.setattr(prober_module, "_fetch", fetch)
+    peer = world.join("a")
+    await world.prober._probe(peer)
+    assert asked == [CHUNKS, *(1, CHUNKS) * 3]
+    assert peer.rate.rate.fixed_s == pytest.approx(0.001)
+    assert peer.rate.rate.predict(CHUNKS * CHUNK_BYTES) == pytest.approx(0.005)
+
+
+async def test_a_peer_that_a_bad_moment_made_look_slow_gets_its_chance(world, monkeypatch):
+    """The engine refuses it by the rates that it was told, and tells of it; the next probe replaces the first one."""
+    peer = world.join("a")
+    with monkeypatch.context() as bad:
+        bad.setattr(prober_module, "_fetch", lambda transport, items: (len(items), 8.0))
+        await world.prober._probe(peer)
+    assert peer.rate.rate.predict(CHUNKS * CHUNK_BYTES) == pytest.approx(8.0)
+    assert world.prober._next(1e12) is None
+    world.prober.refused(KEYS[0], ["a", "somebody else"])
+    assert world.prober._next(1e12) is peer
+    await world.prober._probe(peer)
+    assert peer.rate.rate.predict(CHUNKS * CHUNK_BYTES) < 1.0
+
+
+async def test_where_nobody_knows_what_a_peer_holds_what_was_refused_is_asked_for(world):
+    """As with a node that asks the directory for each request."""
+    peer = world.join("a", keys=[])
+    assert world.prober._next(0.0) is None
+    world.prober.refused(KEYS[1], ["a"])
+    assert world.prober._next(0.0) is peer
+    await world.prober._probe(peer)
+    assert peer.rate.rate is not None
+    assert not peer.wants_probe
+
+
+def test_a_refused_peer_that_cannot_be_probed_is_forgotten_after_a_while(world):
+    """So that the next request measures it."""
+    peer = world.join("a")
+    peer.transport.name = "nixl"
+    peer.measured(CHUNK_BYTES, 5.0, 0)
+    world.prober.refused(KEYS[0], ["a"])
+    assert world.prober._next(100.0) is None
+    assert world.prober._next(100.0 + UNPROBED_REPEAT_S - 1) is None
+    assert peer.rate.rate is not None
+    assert world.prober._next(100.0 + UNPROBED_REPEAT_S + 1) is None
+    assert peer.rate.rate is None
+    assert not peer.wants_probe
+    assert world.told == 1
+
+
 async def test_a_refused_peer_is_measured_again_after_a_while(world, monkeypatch):
     """It may have become faster; the longer a probe takes, the rarer it is."""
     peer = world.join("a")
@@ -90,7 +147,7 @@ async def test_a_refused_peer_is_measured_again_after_a_while(world, monkeypatch
     begin_s = prober_module.time.monotonic()
     assert world.prober._next(begin_s) is None
     assert world.prober._next(begin_s + REPEAT_S + 1) is peer
-    monkeypatch.setattr(prober_module, "_fetch", lambda transport, items: (1, 3.0))
+    monkeypatch.setattr(prober_module, "_fetch", lambda transport, items: (len(items), 3.0))
     await world.prober._probe(peer)
     assert world.prober._next(begin_s + 50) is None
     assert not peer.wants_probe
