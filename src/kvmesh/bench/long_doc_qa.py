@@ -20,7 +20,8 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-REQUEST_TIMEOUT_S = 3600.0
+from kvmesh.bench.streamed import Streamed, ask, percentile
+
 MODES = ("tile", "interleave", "random")
 
 
@@ -37,7 +38,13 @@ class Round:
     p90_ttft_s: float
     p99_ttft_s: float
     slowest_ttft_s: float
+    prompt_tokens: int
     output_tokens: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every request was answered."""
+        return self.successes == self.prompts
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,30 @@ class LongDocQa:
 
 def run_long_doc_qa(plan: LongDocQa, *, as_json: bool) -> int:
     """Measure both rounds and print them; returns the exit status: 1 when a request failed."""
-    console = Console(stderr=True)
+    rounds = measure(plan, Console(stderr=True))
+    if as_json:
+        print(json.dumps({"plan": vars(plan), "rounds": [vars(one) for one in rounds]}, indent=2))
+    else:
+        print_rounds(*rounds)
+    return 0 if all(one.is_complete for one in rounds) else 1
+
+
+def measure(plan: LongDocQa, console: Console) -> tuple[Round, Round]:
+    """The warm-up round and the query round."""
     documents = plan.documents()
     with Progress(console=console, transient=True) as progress:
         warm_up = asyncio.run(_run_round(plan, "Warmup", documents, progress))
-        query = asyncio.run(_run_round(plan, "Query", plan.queries(documents), progress))
-    if as_json:
-        print(json.dumps({"plan": vars(plan), "rounds": [vars(warm_up), vars(query)]}, indent=2))
-    else:
-        _print_round(warm_up)
-        print("=== BENCHMARK RESULTS ===")
-        _print_round(query)
-    return 0 if warm_up.successes == warm_up.prompts and query.successes == query.prompts else 1
+        return warm_up, asyncio.run(_run_round(plan, "Query", plan.queries(documents), progress))
+
+
+def print_rounds(warm_up: Round, query: Round) -> None:
+    """The lines of LMCache's script, and percentiles below them."""
+    _print_round(warm_up)
+    print("=== BENCHMARK RESULTS ===")
+    _print_round(query)
 
 
 def _print_round(measured: Round) -> None:
-    """The seed's lines, and percentiles below them."""
     name = measured.name
     print(f"{name} round mean TTFT: {measured.mean_ttft_s:.3f}s")
     print(f"{name} round time: {measured.seconds:.3f}s")
@@ -100,65 +115,34 @@ def _print_round(measured: Round) -> None:
 async def _run_round(plan: LongDocQa, name: str, prompts: Sequence[str], progress: Progress) -> Round:
     task = progress.add_task(f"{name} round", total=len(prompts))
     gate = asyncio.Semaphore(plan.max_inflight_requests)
-    ttfts: list[float] = []
-    tokens = 0
+    answers: list[Streamed] = []
 
-    async with httpx.AsyncClient(base_url=plan.base_url, timeout=REQUEST_TIMEOUT_S) as client:
+    async with httpx.AsyncClient(base_url=plan.base_url) as client:
 
-        async def ask(prompt: str) -> None:
-            nonlocal tokens
+        async def send(prompt: str) -> None:
             async with gate:
                 try:
-                    ttft_s, count = await _ask(client, plan, prompt)
+                    answer = await ask(client, plan.model, prompt, plan.output_len)
                 except (httpx.HTTPError, ValueError) as error:
                     progress.console.print(f"request failed: {error!r}", style="red")
                 else:
-                    ttfts.append(ttft_s)
-                    tokens += count
+                    answers.append(answer)
                 progress.advance(task)
 
         started_s = time.perf_counter()
-        await asyncio.gather(*(ask(prompt) for prompt in prompts))
+        await asyncio.gather(*(send(prompt) for prompt in prompts))
         seconds = time.perf_counter() - started_s
-    ordered = sorted(ttfts) or [0.0]
+    ttfts = [answer.ttft_s for answer in answers]
     return Round(
         name=name,
         prompts=len(prompts),
-        successes=len(ttfts),
+        successes=len(answers),
         seconds=seconds,
-        mean_ttft_s=statistics.fmean(ordered),
-        p50_ttft_s=_percentile(ordered, 0.5),
-        p90_ttft_s=_percentile(ordered, 0.9),
-        p99_ttft_s=_percentile(ordered, 0.99),
-        slowest_ttft_s=ordered[-1],
-        output_tokens=tokens,
+        mean_ttft_s=statistics.fmean(ttfts or [0.0]),
+        p50_ttft_s=percentile(ttfts, 0.5),
+        p90_ttft_s=percentile(ttfts, 0.9),
+        p99_ttft_s=percentile(ttfts, 0.99),
+        slowest_ttft_s=max(ttfts, default=0.0),
+        prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+        output_tokens=sum(answer.output_tokens for answer in answers),
     )
-
-
-async def _ask(client: httpx.AsyncClient, plan: LongDocQa, prompt: str) -> tuple[float, int]:
-    """One streamed request; returns the time to the first token and how many came."""
-    body = {
-        "model": plan.model,
-        "prompt": prompt,
-        "max_tokens": plan.output_len,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-    }
-    started_s = time.perf_counter()
-    first_s, count = 0.0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != httpx.codes.OK:
-            text = (await answer.aread()).decode(errors="replace")
-            raise ValueError(f"{answer.status_code}: {text[:300]}")
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                first_s = first_s or time.perf_counter() - started_s
-                count += 1
-    if not count:
-        raise ValueError("the answer had no tokens")
-    return first_s, count
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

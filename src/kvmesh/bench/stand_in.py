@@ -135,6 +135,18 @@ class StandInEngine:
         if slots:
             self.node.publish(slots, fetched=False)
 
+    def fill(self, key: bytes) -> int:
+        """Store a chunk without a word to the node; returns its slot."""
+        slot = self._allocate()
+        self.pool.row(slot)[:] = self._stored(key, self.chunk_bytes)
+        self._slots[key] = slot
+        return slot
+
+    def announce(self, key: bytes, slot: int) -> None:
+        """Publish what `fill` has stored."""
+        self.ledger.publish(slot, key)
+        self.node.publish([slot], fetched=False)
+
     def get(self, keys: Sequence[bytes], timeout_s: float = 5.0, request_id: str = "") -> Got:
         """Look `keys` up in the own pool, fetch what peers are known to hold, and check every byte of all of it."""
         started_s = time.monotonic()

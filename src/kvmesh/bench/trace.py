@@ -158,12 +158,12 @@ def outcome_table(title: str, outcomes: Sequence[Outcome], chunk_bytes: int) -> 
         pool_gib = one.pool_chunks * chunk_bytes / 2**30
         table.add_row(
             str(one.instances),
-            f"{pool_gib:.0f} GiB" if pool_gib else "unlimited",
+            f"{pool_gib:.3g} GiB" if pool_gib else "unlimited",
             "on" if one.sharing else "off",
             one.policy,
             f"{100 * one.hit_rate:.1f}",
             f"{100 * one.local_hit_rate:.1f}",
-            f"{one.moved_bytes / 1e9:.0f}",
+            f"{one.moved_bytes / 1e9:,.{0 if one.moved_bytes > 10e9 else 2}f}",
             f"{one.mean_ttft_s:.3f}",
             f"{one.ttft(0.5):.3f}",
             f"{one.ttft(0.9):.2f}",

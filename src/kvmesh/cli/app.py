@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import kvmesh
+from kvmesh.cli import bench_vllm
 from kvmesh.cli import router as router_commands
 from kvmesh.cli.bench import bench_app
 from kvmesh.cli.doctor import doctor
@@ -289,6 +290,7 @@ def _tell(line: str) -> None:
 
 app.add_typer(bench_app, name="bench", rich_help_panel=TRY)
 router_commands.register(app, bench_app, panel=RUN)
+bench_vllm.register(bench_app)
 app.add_typer(config_app, name="config", rich_help_panel=RUN)
 app.add_typer(key_app, name="key", rich_help_panel=RUN)
 app.add_typer(model_app, name="model", rich_help_panel=TRY)
