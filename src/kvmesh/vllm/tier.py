@@ -85,6 +85,7 @@ class PeerTier(SecondaryTierManager):
         config = tier_config(offloading_spec)
         self._config = config
         self._policy = config.gate_policy
+        self._fetches = config.fetches
         shape = primary_kv_view.shape
         assert shape is not None
         slots, chunk_bytes = shape
@@ -171,12 +172,12 @@ class PeerTier(SecondaryTierManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         request = self._request(req_context)
-        if self._must_wait(key, request, req_context):
+        if self._node.state.asks and self._must_wait(key, request, req_context):
             return LookupResult.RETRY
         warm = req_context.get_state(WarmState)
         if warm is None and not request.counted:
             self._watch.looked_up(req_context.req_id, _last_token(req_context), time.monotonic())
-        reason = self._miss_reason(key, request, req_context)
+        reason = self._miss_reason(key, request, req_context, is_warm=warm is not None)
         if warm is not None:  # an operator's doing: no request has missed anything
             if reason is not None:
                 warm.reasons[key] = reason
@@ -195,7 +196,7 @@ class PeerTier(SecondaryTierManager):
         answer comes within a step of a busy engine, and later ones are not waited for.
         """
         state = self._node.state
-        if self._node.is_known(key) or not self._config.fetches or not state.directory_connected:
+        if self._node.is_known(key) or not self._fetches or not state.directory_connected:
             return False
         if state.sharing is not Sharing.ON:
             return False
@@ -242,16 +243,18 @@ class PeerTier(SecondaryTierManager):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _miss_reason(self, key: OffloadKey, request: RequestState, req_context: ReqContext) -> MissReason | None:
-        if not self._config.fetches:
+    def _miss_reason(
+        self, key: OffloadKey, request: RequestState, req_context: ReqContext, *, is_warm: bool
+    ) -> MissReason | None:
+        if not self._fetches:
             return MissReason.SHARING_OFF
         if not self._node.is_visible(key):
             return self._why_invisible(key)
         if self._held:
             return MissReason.DRAINING
-        if req_context.get_state(WarmState) is not None:
+        if is_warm:
             return None
-        if key in request.failed or self._failed_recently(key):
+        if (request.failed and key in request.failed) or (self._failed_until_s and self._failed_recently(key)):
             if key in self._failed_until_s:
                 failed_with = self._failed_until_s[key][1].value
                 request.details[MissReason.RECENTLY_FAILED] = {"failed_with": failed_with}
