@@ -38,7 +38,9 @@ NO_CONTROLLER: Mapping[str, object] = {
 }
 """For another directory."""
 STEADY = {"fetch_gate": "off"}
-"""So small a model on so busy a machine may well be quicker to compute than to fetch."""
+"""For tests that count on a fetch where computing may well be as quick: tiny models, prompts of a few chunks, a busy
+machine. All others run as users do.
+"""
 
 
 @contextlib.contextmanager
@@ -52,9 +54,8 @@ def running_pair(
     env: Mapping[str, str] | None = None,
     without_directory: bool = False,
 ) -> Iterator[Pair]:
-    """A controller and two instances that know each other; everything ends with the block. Unless `config` says
-    otherwise, whatever a peer holds is fetched. `without_directory`: they have each other as `static_peers`, and the
-    controller hears nothing.
+    """A controller and two instances that know each other; everything ends with the block. `without_directory`: they
+    have each other as `static_peers`, and the controller hears nothing.
     """
     with contextlib.ExitStack() as stack:
         controller = Controller(folder)
@@ -72,7 +73,9 @@ def running_pair(
                 f"instance-{number}",
                 model,
                 folder,
-                written,
+    """A controller and two instances that know each other; everything ends with the block. `without_directory`: they
+    have each other as `static_peers`, and the controller hears nothing.
+    """
                 core=number - 1,
                 arguments=arguments,
                 max_model_len=max_model_len,

@@ -238,9 +238,7 @@ class Instance(Process):
 
 
 def instance_config(number: int, controller: Controller, **changed: object) -> dict[str, object]:
-    """The seed's YAML for one instance; only ports and sizes differ, and what `changed` says. The gate is off: what is
-    shown and measured with these is fetching, also where a tiny model computes faster.
-    """
+    """The seed's YAML for one instance; only ports and sizes differ, and what `changed` says."""
     peer, lookup, admin = free_ports(3)
     return {
         "chunk_size": 256,
@@ -252,7 +250,6 @@ def instance_config(number: int, controller: Controller, **changed: object) -> d
         "p2p_init_ports": peer,
         "p2p_lookup_ports": lookup,
         "transfer_channel": "tcp",
-        "fetch_gate": "off",
         "enable_controller": True,
         "lmcache_instance_id": f"lmcache_instance_{number}",
         "controller_pull_url": f"localhost:{controller.pull_port}",

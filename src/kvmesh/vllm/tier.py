@@ -353,13 +353,15 @@ class PeerTier(SecondaryTierManager):
         self._loads[job_metadata.job_id] = job_metadata
         self._watch.fetched(job_metadata.req_context.req_id)
         request = self._request(job_metadata.req_context)
+        is_warm = job_metadata.req_context.get_state(WarmState) is not None  # an operator has decided already
+        is_gated = self._policy.is_on and not is_warm
         self._node.fetch(
             job_metadata.job_id,
             job_metadata.req_context.req_id,
             list[bytes](job_metadata.keys),
             slots,
             self._config.fetch_timeout_s,
-            self._prefill.saved(request.start_token, self._chunk_tokens) if self._policy.is_on else None,
+            self._prefill.saved(request.start_token, self._chunk_tokens) if is_gated else None,
         )
 
     def submit_store(self, job_metadata: TransferJob) -> None:

@@ -15,6 +15,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.node.state import NodeState
 from kvmesh.vllm import prefill_watch
 from kvmesh.vllm import tier as tier_module
+from kvmesh.vllm.operated_pool import WarmState
 from kvmesh.vllm.request_records import RequestState
 from kvmesh.vllm.tier import PeerTier
 from kvmesh.wire import link
@@ -266,6 +267,17 @@ class TestGate:
         context = self.context()
         assert tier.lookup(A, context) is HIT
         tier.submit_load(job(1, [A], [0], context))
+        assert tier.node.saved == [None]
+
+    def test_what_an_operator_wants_is_not_weighed(self, tier, clock):
+        """Warming a pool is no request that could be quicker; the node is not to refuse it either."""
+        self.compute(tier, clock)
+        tier.node.visible = set(self.KEYS)
+        tier.node.peer = Source("peer", 0, Rate(0.0, 1.0))
+        context = self.context()
+        context.set_state(WarmState())
+        assert [tier.lookup(key, context) for key in self.KEYS] == [HIT] * len(self.KEYS)
+        tier.submit_load(job(1, self.KEYS, range(len(self.KEYS)), context))
         assert tier.node.saved == [None]
 
     def test_answers_and_preempted_requests_are_not_measured(self, tier, clock):
