@@ -207,7 +207,7 @@ def _record(plan: PathPlan, published: PublishTimes, engines: Mapping[str, Engin
                 "steps": times.steps,
                 "step_s": _figures(times.step_s),
                 "prefill_step_s": _figures(times.prefill_step_s),
-                "tier_calls": {call.name: msgspec.to_builtins(call) for call in times.calls},
+                "tier_calls": {call.name: {"calls": len(call.each_s), **_figures(call.each_s)} for call in times.calls},
                 "lookup_hit_s_per_chunk": _figures(times.hit_s),
                 "lookup_miss_s_per_chunk": _figures(times.miss_s),
                 "bare_set_s_per_chunk": _figures(times.set_s),
@@ -234,12 +234,14 @@ def _show(plan: PathPlan, published: PublishTimes, engines: Mapping[str, EngineT
     out.print(steps)
     sharing = engines["sharing"]
     calls = Table(title="Of it in the tier, sharing", title_justify="left")
-    for heading in ("call", "calls", "µs each", "µs per step"):
+    for heading in ("call", "calls", "median, µs", "p99, µs", "mean, µs", "µs per step"):
         calls.add_column(heading, justify="right" if heading != "call" else "left")
-    for call in sharing.calls:
-        each = call.seconds / max(1, call.calls)
-        calls.add_row(call.name, str(call.calls), f"{each * 1e6:.1f}", f"{call.seconds / sharing.steps * 1e6:.1f}")
-    calls.add_row("all", "", "", f"{sum(call.seconds for call in sharing.calls) / sharing.steps * 1e6:.1f}")
+    for call in sorted(sharing.calls, key=lambda call: -sum(call.each_s)):
+        each = _figures(call.each_s)
+        shown = (each["p50"], each["p99"], each["mean"], sum(call.each_s) / sharing.steps)
+        calls.add_row(call.name, str(len(call.each_s)), *(f"{value * 1e6:.1f}" for value in shown))
+    total_s = sum(sum(call.each_s) for call in sharing.calls)
+    calls.add_row("all", "", "", "", "", f"{total_s / sharing.steps * 1e6:.1f}")
     out.print(calls)
     hit, miss, bare = (_figures(values) for values in (sharing.hit_s, sharing.miss_s, sharing.set_s))
     out.print(

@@ -11,7 +11,6 @@ import os
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +60,7 @@ class CallTime(msgspec.Struct):
     """One function of the tier, over all steps."""
 
     name: str
-    calls: int
-    seconds: float
+    each_s: list[float]
 
 
 class EngineTimes(msgspec.Struct):
@@ -83,22 +81,21 @@ class EngineTimes(msgspec.Struct):
 
 
 class _Clock:
-    """Adds up what calls take. One thread."""
+    """Notes what calls take. One thread."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.each_s: dict[str, list[float]] = {}
 
     def wrap(self, owner: Any, name: str) -> None:
         inner: Callable[..., Any] = getattr(owner, name)
+        each_s = self.each_s.setdefault(name, [])
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             started_s = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.seconds[name] += time.perf_counter() - started_s
-                self.calls[name] += 1
+                each_s.append(time.perf_counter() - started_s)
 
         setattr(owner, name, timed)
 
@@ -173,7 +170,7 @@ def measure(options: EngineOptions) -> EngineTimes:
         steps=len(steps.all_s) + len(steps.prefill_s),
         step_s=steps.all_s + steps.prefill_s,
         prefill_step_s=steps.prefill_s,
-        calls=[CallTime(name, clock.calls[name], seconds) for name, seconds in clock.seconds.most_common()],
+        calls=[CallTime(name, each_s) for name, each_s in clock.each_s.items()],
         hit_s=[],
         miss_s=[],
         set_s=[],
