@@ -293,7 +293,13 @@ class PeerTier(SecondaryTierManager):
             if decision.refused:
                 request.until_token = request.start_token + decision.chunks * self._chunk_tokens
                 request.details[MissReason.GATE_REFUSED] = decision.detail()
-                logger.debug("request %s: gate: %s", req_context.req_id, decision)
+                logger.info(
+                    "Left %d out of %d tokens that peers hold to be computed (fetch_gate): %s; request %s",
+                    decision.refused * self._chunk_tokens,
+                    decision.asked * self._chunk_tokens,
+                    decision,
+                    req_context.req_id,
+                )
         self._metrics.decided(decision.verdict)
         return decision
 
