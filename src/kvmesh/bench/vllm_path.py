@@ -32,7 +32,7 @@ from kvmesh.bench.stand_in import StandInEngine, make_key
 from kvmesh.bench.streamed import percentile
 from kvmesh.bench.vllm_path_engine import EngineOptions, EngineTimes
 from kvmesh.bench.vllm_servers import NOT_SHARING
-from kvmesh.bench.watched_node import LAG_VARIABLE, WatchedHandle
+from kvmesh.bench.watched_node import WatchedHandle
 from kvmesh.config import KVMeshConfig
 from kvmesh.errors import StartupError
 from kvmesh.models import TINY, make_tiny_llama
@@ -159,8 +159,7 @@ def measure_publishing(controller: Controller, count: int, folder: Path) -> Publ
             )
             engine = StandInEngine(config, slots=PUBLISH_SLOTS, chunk_bytes=PUBLISH_CHUNK_BYTES)
             engine.node.close()
-            engine.node = WatchedHandle(config, engine.format, engine.ledger, engine.pool)
-            os.environ[LAG_VARIABLE] = str(folder / f"{name}.lag")
+            engine.node = WatchedHandle(config, engine.format, engine.ledger, engine.pool, folder / f"{name}.lag")
             engine.start()
             stack.callback(engine.close)
             engines.append(engine)

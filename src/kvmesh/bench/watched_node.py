@@ -16,6 +16,7 @@ from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.node import __main__ as node_main
+from kvmesh.node.child import NodeProcess
 from kvmesh.node.engine_link import EngineLink
 from kvmesh.node.handle import NodeHandle
 from kvmesh.transfer.pool import HostPool
@@ -26,14 +27,23 @@ MAX_SAMPLES = 100_000
 
 
 class WatchedHandle(NodeHandle):
-    """Starts such a node."""
+    """Starts such a node, whose latenesses go into `lag_path`."""
 
-    def __init__(self, config: KVMeshConfig, kv_format: Format, ledger: SlotLedger, pool: HostPool) -> None:
+    def __init__(
+        self, config: KVMeshConfig, kv_format: Format, ledger: SlotLedger, pool: HostPool, lag_path: Path
+    ) -> None:
         super().__init__(config.to_wire(), kv_format, ledger, pool.segments, log_level=config.log_level)
+        self._child = _WatchedProcess(config.log_level, lag_path)
 
-    def _command(self, link_fd: int) -> list[str]:
-        command = super()._command(link_fd)
-        return [__name__ if part == "kvmesh.node" else part for part in command]
+
+class _WatchedProcess(NodeProcess):
+    def __init__(self, log_level: str, lag_path: Path) -> None:
+        super().__init__(log_level)
+        self._lag_path = lag_path
+
+    def command(self, link_fd: int) -> list[str]:
+        command = [__name__ if part == "kvmesh.node" else part for part in super().command(link_fd)]
+        return ["env", f"{LAG_VARIABLE}={self._lag_path}", *command]
 
 
 _lags: deque[float] = deque(maxlen=MAX_SAMPLES)
