@@ -18,6 +18,8 @@ class OpenAiServer(http.server.ThreadingHTTPServer):
         self.cached, self.fails = cached, fails
         self.metrics: dict[str, float] = {}
         """Shown on /metrics."""
+        self.answered: dict[str, float] = {}
+        """By how much each answer moves them."""
         self.bodies: list[dict[str, Any]] = []
 
     @property
@@ -56,6 +58,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         events: list[dict[str, object]] = [{"choices": [{"index": 0, "text": "x"}]}] * body["max_tokens"]
         details = {"cached_tokens": min(self.server.cached, tokens)}
         events.append({"choices": [], "usage": {"prompt_tokens": tokens, "prompt_tokens_details": details}})
+        for name, step in self.server.answered.items():
+            self.server.metrics[name] += step
         self._answer(200, "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n")
 
     def _answer(self, status: int, text: str) -> None:

@@ -65,8 +65,9 @@ class PairRun:
         with_what = "With KVMesh P2P sharing enabled" if self.sharing else "Without sharing"
         return (
             f"{with_what}, the time to first token (TTFT) {_changed(gain.ttft)}, from "
-            f"{cold.mean_ttft_s:.3f} s to {warm.mean_ttft_s:.3f} s, with a total inference time that "
-            f"{_changed(gain.round_time)} ({cold.seconds:.3f} s → {warm.seconds:.3f} s)."
+            f"{cold.mean_ttft_s:.3f} s to {warm.mean_ttft_s:.3f} s, with a {abs(gain.round_time):.1%} "
+            f"{'reduction' if gain.round_time >= 0 else 'growth'} in total inference time "
+            f"({cold.seconds:.3f} s → {warm.seconds:.3f} s)."
         )
 
 

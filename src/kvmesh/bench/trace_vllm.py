@@ -131,10 +131,11 @@ def run_trace_vllm(
                 f"sharing {'on' if sharing else 'off'}[/dim]"
             )
             with running_servers(plan, folder / ("on" if sharing else "off"), sharing=sharing) as instances:
+                before = _Peers.of(instances, part.chunk_tokens) if sharing else _Peers()
                 started_s = time.perf_counter()
                 answers = asyncio.run(_replay(instances, requests, part.chunk_tokens, console))
                 duration_s = time.perf_counter() - started_s
-                peers = _Peers.of(instances, part.chunk_tokens) if sharing else _Peers()
+                peers = _Peers.of(instances, part.chunk_tokens).since(before) if sharing else before
                 if sharing:
                     rates = _rates(instances, Fetched.of(instances))
             failed += answers.count(None)
@@ -212,6 +213,9 @@ class _Peers(NamedTuple):
         fetched = Fetched.of(instances)
         gated = sum(metric(one.url, "kvmesh_lookup_chunks_total", reason="gate_refused") for one in instances)
         return cls(fetched.chunks * chunk_tokens, fetched.size_bytes, int(gated) * chunk_tokens)
+
+    def since(self, before: _Peers) -> _Peers:
+        return _Peers(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 def _outcome(

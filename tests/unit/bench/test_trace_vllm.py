@@ -60,14 +60,16 @@ def test_what_no_server_could_have_is_refused(trace):
 def test_answers_become_a_row_of_the_simulators_table(trace, tmp_path, monkeypatch, capsys, fails):
     """In turns to both; what was cached and did not come from a peer is local; below it what the simulator says."""
     asked = []
-    with OpenAiServer(cached=128).running() as first, OpenAiServer(cached=128, fails=fails).running() as second:
-        first.metrics = second.metrics = {
-            "kvmesh_fetched_chunks_total": 1,
-            "kvmesh_fetched_bytes_total": 1e6,
-            "kvmesh_fetch_seconds_sum": 0.5,
-            "kvmesh_prefill_tokens_per_second": 1000,
-            'kvmesh_lookup_chunks_total{result="miss",reason="gate_refused"}': 1,
-        }
+    with OpenAiServer(cached=200).running() as first, OpenAiServer(cached=200, fails=fails).running() as second:
+        for server in (first, second):
+            server.metrics = {
+                "kvmesh_fetched_chunks_total": 7,
+                "kvmesh_fetched_bytes_total": 7e6,
+                "kvmesh_fetch_seconds_sum": 3.5,
+                "kvmesh_prefill_tokens_per_second": 1000,
+                'kvmesh_lookup_chunks_total{result="miss",reason="gate_refused"}': 7,
+            }
+            server.answered = {name: value / 7 for name, value in server.metrics.items() if "prefill" not in name}
 
         @contextlib.contextmanager
         def running(plan, folder, *, sharing):
@@ -89,7 +91,7 @@ def test_answers_become_a_row_of_the_simulators_table(trace, tmp_path, monkeypat
         return
     assert on["requests"] == 6
     assert on["prompt_tokens"] == 6 * 275
-    assert (on["hit_rate"], on["local_hit_rate"]) == (6 * 128 / 1650, 4 * 128 / 1650)
-    assert (on["moved_bytes"], on["gated_tokens"]) == (2_000_000, 2 * 128)
-    assert (off["hit_rate"], off["moved_bytes"]) == (6 * 128 / 1650, 0)
+    assert (on["hit_rate"], on["local_hit_rate"]) == (6 * 200 / 1650, 6 * 72 / 1650)
+    assert (on["moved_bytes"], on["gated_tokens"]) == (6_000_000, 6 * 128)
+    assert (off["hit_rate"], off["moved_bytes"]) == (6 * 200 / 1650, 0)
     assert [len(server.bodies) for server in (first, second)] == [6, 6]
