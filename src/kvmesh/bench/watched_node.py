@@ -16,7 +16,6 @@ from kvmesh.config import KVMeshConfig
 from kvmesh.core.format import Format
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.node import __main__ as node_main
-from kvmesh.node.child import NodeProcess
 from kvmesh.node.engine_link import EngineLink
 from kvmesh.node.handle import NodeHandle
 from kvmesh.transfer.pool import HostPool
@@ -33,16 +32,10 @@ class WatchedHandle(NodeHandle):
         self, config: KVMeshConfig, kv_format: Format, ledger: SlotLedger, pool: HostPool, lag_path: Path
     ) -> None:
         super().__init__(config.to_wire(), kv_format, ledger, pool.segments, log_level=config.log_level)
-        self._child = _WatchedProcess(config.log_level, lag_path)
-
-
-class _WatchedProcess(NodeProcess):
-    def __init__(self, log_level: str, lag_path: Path) -> None:
-        super().__init__(log_level)
         self._lag_path = lag_path
 
-    def command(self, link_fd: int) -> list[str]:
-        command = [__name__ if part == "kvmesh.node" else part for part in super().command(link_fd)]
+    def _command(self, link_fd: int) -> list[str]:
+        command = [__name__ if part == "kvmesh.node" else part for part in super()._command(link_fd)]
         return ["env", f"{LAG_VARIABLE}={self._lag_path}", *command]
 
 
