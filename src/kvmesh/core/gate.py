@@ -33,6 +33,8 @@ SETTLED = 3.0
 """Weight from which outliers are told from the rest."""
 MIN_SPREAD = 0.1
 """Relative spread of sizes from which a fixed part can be told from a slope."""
+LIKE = 2.0
+"""Sizes of at most so many times each other are alike."""
 FASTEST_UNIT_S = 1e-13
 SHORTEST_DEADLINE_S = 0.05
 
@@ -65,12 +67,19 @@ class RateMeter:
         """Take in that `units` took `seconds`."""
         if units < 1 or seconds <= 0:
             return
-        if self.rate is not None and self._n >= SETTLED:
+        if self.rate is not None and self._n >= SETTLED and self._can_tell(units):
             expected_s = max(self.rate.predict(units), 1e-9)
             if self._has_changed(units, seconds, expected_s):
                 return
             seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
         self._add(units, seconds)
+
+    def _can_tell(self, units: float) -> bool:
+        """Whether a prediction for such a size is worth something: sizes differ, or it is like those seen so far."""
+        return self._is_spread() or self._x / LIKE < units * self._n < self._x * LIKE
+
+    def _is_spread(self) -> bool:
+        return self._n * self._xx - self._x * self._x > (MIN_SPREAD * self._x) ** 2
 
     def start_over(self, observations: Sequence[tuple[float, float]]) -> None:
         """Forget everything and begin with these (units, seconds): what was known has been put to the test."""
@@ -116,9 +125,8 @@ class RateMeter:
 
     def _fit(self) -> Rate:
         n, x, y = self._n, self._x, self._y
-        spread = n * self._xx - x * x
-        if spread > (MIN_SPREAD * x) ** 2:
-            slope = (n * self._xy - x * y) / spread
+        if self._is_spread():
+            slope = (n * self._xy - x * y) / (n * self._xx - x * x)
             fixed = (y - slope * x) / n
             if slope > 0 and fixed >= 0:
                 return Rate(fixed, max(slope, FASTEST_UNIT_S))

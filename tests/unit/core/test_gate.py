@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmesh.core.gate import (
@@ -39,6 +39,7 @@ class TestRateMeter:
         unit_s=st.floats(1e-10, 1e-6),
         sizes=st.lists(st.integers(1, 64), min_size=8, max_size=40).filter(lambda sizes: len(set(sizes[-6:])) > 3),
     )
+    @example(fixed_s=0.09375, unit_s=1e-10, sizes=[34, 42, 44, 45, 1, 1, 28, 64])
     def test_it_finds_a_fixed_part_and_a_slope(self, fixed_s, unit_s, sizes):
         """From sizes that differ, without noise, exactly."""
         meter = RateMeter()
