@@ -62,7 +62,7 @@ def running_pair(
         stack.callback(controller.stop)
         controller.start()
         wait_healthy(controller, timeout_s=60)
-        changed = STEADY | dict(config or {}) | (NO_CONTROLLER if without_directory else {})
+        changed = dict(config or {}) | (NO_CONTROLLER if without_directory else {})
         configs = [instance_config(number, controller, **changed) for number in (1, 2)]
         if without_directory:
             addresses = [f"localhost:{one['p2p_init_ports']}" for one in configs]
@@ -73,9 +73,7 @@ def running_pair(
                 f"instance-{number}",
                 model,
                 folder,
-    """A controller and two instances that know each other; everything ends with the block. `without_directory`: they
-    have each other as `static_peers`, and the controller hears nothing.
-    """
+                written,
                 core=number - 1,
                 arguments=arguments,
                 max_model_len=max_model_len,
