@@ -11,6 +11,7 @@ import pytest
 
 from kvmesh.bench.cluster import Controller, Instance, complete, instance_config, metric, wait_healthy
 from kvmesh.models import TINY, make_tiny_llama
+from support.prefork import PreforkedInstance
 from support.servers import PoolView, node_of, pulled, token_prompt, words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -72,7 +73,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
         wait_healthy(controller, timeout_s=60)
         instances = []
         for number in (1, 2, 3):
-            instance = Instance(
+            instance = PreforkedInstance(
                 f"instance-{number}",
                 model,
                 folder,

@@ -1,4 +1,4 @@
-"""The router before two real vLLM servers that share: each policy, the directory lost, an engine killed in a stream."""
+"""The router before real vLLM servers that share: each policy, no directory, one killed in a stream, one added."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kvmesh.bench.cluster import complete
+from kvmesh.bench.cluster import Instance, complete, instance_config, wait_healthy
 from kvmesh.models import make_tiny_llama
+from support.prefork import PreforkedInstance
 from support.routers import RouterProcess, until
 from support.servers import STEADY, Pair, pulled, running_pair, words
 
@@ -27,9 +28,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 @contextlib.contextmanager
-def routed(pair: Pair, folder: Path, policy: str, **settings: object) -> Iterator[RouterProcess]:
-    """A router that knows both instances by their ids."""
-    named = {str(instance.config["lmcache_instance_id"]): instance.url for instance in (pair.first, pair.second)}
+def routed(pair: Pair, folder: Path, policy: str, *late: Instance, **settings: object) -> Iterator[RouterProcess]:
+    """A router that knows both instances by their ids, and those that will be started later."""
+    named = {str(one.config["lmcache_instance_id"]): one.url for one in (pair.first, pair.second, *late)}
     router = RouterProcess(folder, policy=policy, backends=[f"{name}={url}" for name, url in named.items()], **settings)
     try:
         yield router.start_and_wait(healthy=2)
@@ -96,11 +97,14 @@ def test_kv_follows_the_directory(pair: Pair, tmp_path: Path) -> None:
         until(lambda: router.metric("directory_connected") == 1, router)
 
 
-def test_an_engine_killed_in_a_stream(pair: Pair, tmp_path: Path) -> None:
-    """Its client gets an error event and the end of the stream, the other engine's client its whole answer; the next
-    requests do not notice.
+def test_engines_killed_and_added(pair: Pair, tmp_path: Path) -> None:
+    """One is killed in a stream: its client gets an error event and the end of the stream, the other engine's client
+    its whole answer; the next requests do not notice. One that is added gets requests as soon as it serves, and so does
+    the killed one when it is back.
     """
-    with routed(pair, tmp_path, "roundrobin") as router, contextlib.ExitStack() as stack:
+    third = PreforkedInstance("instance-3", make_tiny_llama(), tmp_path, instance_config(3, pair.controller), core=0)
+    with routed(pair, tmp_path, "roundrobin", third) as router, contextlib.ExitStack() as stack:
+        stack.callback(third.stop)
 
         def stream(seed: int, tokens: int) -> Iterator[str]:
             body = {"model": "model", "max_tokens": tokens, "min_tokens": tokens, "stream": True, "temperature": 0}
@@ -122,3 +126,12 @@ def test_an_engine_killed_in_a_stream(pair: Pair, tmp_path: Path) -> None:
         for seed in range(4):
             assert complete(router.url, words(20, seed), max_tokens=4).text
         until(lambda: len(router.healthy()) == 1, router)
+
+        for late in (third, victim):
+            late.start()
+        wait_healthy(third, victim)
+        until(lambda: len(router.healthy()) == 3, router)
+        before = assigned(router)
+        text = complete(pair.first.url, words(20, 9), max_tokens=4).text
+        assert [complete(router.url, words(20, 9), max_tokens=4).text for _ in range(6)] == [text] * 6
+        assert {name: count - before[name] for name, count in assigned(router).items()} == dict.fromkeys(before, 2)

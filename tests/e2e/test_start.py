@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmesh.bench.cluster import HOST, Controller, Instance, complete, instance_config, metric, tail, wait_healthy
+from kvmesh.bench.cluster import HOST, Controller, complete, instance_config, metric, tail, wait_healthy
 from kvmesh.models import TINY, make_tiny_llama
+from support.prefork import PreforkedInstance
 from support.servers import token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -32,7 +33,7 @@ def test_bad_configuration_and_busy_port_end_the_start(tmp_path: Path) -> None:
         "busy": (instance_config(3, controller, **small) | {"p2p_init_ports": port}, [str(port), "in use"]),
     }
     instances = {
-        name: Instance(name, model, tmp_path, config, core=number, max_model_len=2048)
+        name: PreforkedInstance(name, model, tmp_path, config, core=number, max_model_len=2048)
         for number, (name, (config, _)) in enumerate(cases.items())
     }
     try:
@@ -58,7 +59,7 @@ def test_another_model_at_the_peer_is_refused_by_name(tmp_path: Path) -> None:
     models = [make_tiny_llama(tmp_path / f"seed{seed}" / "tiny", seed=seed, shape=TINY) for seed in (0, 1)]
     controller.start()
     instances = [
-        Instance(
+        PreforkedInstance(
             f"instance-{number}",
             model,
             tmp_path,

@@ -17,6 +17,7 @@ from typing import TypeVar
 import httpx
 import zmq
 
+from kvmesh.bench.cluster import free_ports
 from kvmesh.core.replica import Replica
 from kvmesh.wire import directory as wire
 from kvmesh.wire.curve import secure_node
@@ -41,10 +42,10 @@ def wait_for(check: Callable[[], T | None], timeout_s: float = 20.0) -> T:
 
 
 class ControllerProcess:
-    """`python -m kvmesh.controller` with its log. Ports are its own choice unless told."""
+    """`python -m kvmesh.controller` with its log. Ports are free ones unless told; that of HTTP is its own choice."""
 
     def __init__(self, *flags: str, ports: dict[str, int] | None = None, http_port: int = 0) -> None:
-        chosen = ports or {"pull": 0, "reply": 0, "heartbeat": 0}
+        chosen = ports or dict(zip(("pull", "reply", "heartbeat"), free_ports(3), strict=True))
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "kvmesh.controller", "--host", "127.0.0.1"),

@@ -6,7 +6,9 @@ import pytest
 
 from kvmesh.bench.idle import measure_idle
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.process, pytest.mark.alone, pytest.mark.timeout(180)]
+
+LIMIT_PERCENT = 2.0
 
 
 @pytest.mark.parametrize(
@@ -15,8 +17,8 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 )
 def test_an_idle_cluster_costs_next_to_nothing(channel: str, node_mb: float) -> None:
     """A controller and two nodes: under 2 % of a core in all (of CPU time), and memory within its limits."""
-    rows = measure_idle(5.0, channel, windows=3)
-    assert sum(row.cpu_percent for row in rows) < 2.0, rows
+    rows = measure_idle(5.0, channel, windows=3, enough_percent=LIMIT_PERCENT)
+    assert sum(row.cpu_percent for row in rows) < LIMIT_PERCENT, rows
     controller, *nodes = rows
     assert controller.memory_mb < 150
     assert len(nodes) == 2

@@ -108,11 +108,16 @@ def test_no_wrong_byte_while_the_holder_evicts(controller: Controller) -> None:
     ):
         assert reader.wait_peers(1)
         stop = threading.Event()
+        batches = len(keys) // 8
+        written = 0
 
         def churn() -> None:
+            nonlocal written
             while not stop.is_set():
-                for start in range(0, len(keys), 8):
-                    holder.put(keys[start : start + 8])
+                batch = keys[written * 8 : written * 8 + 8]
+                holder.put(batch)
+                written = (written + 1) % batches
+                reader.wait_visible(batch[-1:], timeout_s=0.02)  # else all would be gone before anybody knew of them
 
         writer = threading.Thread(target=churn)
         writer.start()
@@ -121,7 +126,7 @@ def test_no_wrong_byte_while_the_holder_evicts(controller: Controller) -> None:
         try:
             while holder.evictions < 5000 or fetched < 200:  # bounded by the test's time limit
                 rounds += 1
-                start = rounds * 8 % len(keys)
+                start = (written - rounds % 5) % batches * 8  # just written, or about to be evicted
                 got = reader.get(keys[start : start + 8])
                 fetched += got.fetched
                 wrong += got.wrong

@@ -14,6 +14,7 @@ import psutil
 from kvmesh.bench.cluster import Completion, Controller, Instance, complete, instance_config, metric, tail, wait_healthy
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.transfer.pool import HostPool, PoolSegment
+from support.prefork import PreforkedInstance
 
 CHUNK_TOKENS = 256
 WORDS = [
@@ -37,9 +38,9 @@ NO_CONTROLLER: Mapping[str, object] = {
     "controller_reply_url": None,
 }
 """For another directory."""
-STEADY = {"fetch_gate": "off"}
-"""For tests that count on a fetch where computing may well be as quick: tiny models, prompts of a few chunks, a busy
-machine. All others run as users do.
+STEADY = {"fetch_gate": "off", "fetch_timeout_s": 60.0, "stall_timeout_s": 20.0}
+"""So small a model on so busy a machine may well be quicker to compute than to fetch, and a holder may get no processor
+for seconds.
 """
 
 
@@ -54,22 +55,23 @@ def running_pair(
     env: Mapping[str, str] | None = None,
     without_directory: bool = False,
 ) -> Iterator[Pair]:
-    """A controller and two instances that know each other; everything ends with the block. `without_directory`: they
-    have each other as `static_peers`, and the controller hears nothing.
+    """A controller and two instances that know each other; everything ends with the block. Unless `config` says
+    otherwise, whatever a peer holds is fetched. `without_directory`: they have each other as `static_peers`, and the
+    controller hears nothing.
     """
     with contextlib.ExitStack() as stack:
         controller = Controller(folder)
         stack.callback(controller.stop)
         controller.start()
         wait_healthy(controller, timeout_s=60)
-        changed = dict(config or {}) | (NO_CONTROLLER if without_directory else {})
+        changed = STEADY | dict(config or {}) | (NO_CONTROLLER if without_directory else {})
         configs = [instance_config(number, controller, **changed) for number in (1, 2)]
         if without_directory:
             addresses = [f"localhost:{one['p2p_init_ports']}" for one in configs]
             configs = [one | {"static_peers": addresses} for one in configs]
         instances = []
         for number, written in enumerate(configs, start=1):
-            instance = Instance(
+            instance = PreforkedInstance(
                 f"instance-{number}",
                 model,
                 folder,

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,9 +73,13 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.env},
+                env={**os.environ, **self.env, **self.own_environment()},
                 start_new_session=True,
             )
+
+    def own_environment(self) -> Mapping[str, str]:
+        """Variables of this start; a subclass has some."""
+        return {}
 
     @property
     def pid(self) -> int:
@@ -182,6 +187,22 @@ class Instance(Process):
             command += ["--kv-transfer-config", json.dumps({"kv_connector": "KVMeshConnector", "kv_role": "kv_both"})]
             environment["KVMESH_CONFIG_FILE"] = str(self.config_path)
         super().__init__(name, command, folder / f"{name}.log", environment)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def own_environment(self) -> Mapping[str, str]:
+        """A temporary folder of its own, for what a killed vLLM leaves behind. Its path is short: a socket's may
+        have 107 characters.
+        """
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="kvmesh-", ignore_cleanup_errors=True)
+        return {"TMPDIR": self._scratch.name}
+
+    def stop(self) -> None:
+        """End it in good order, and remove what it has left."""
+        super().stop()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     @property
     def url(self) -> str:

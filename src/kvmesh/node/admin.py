@@ -151,6 +151,7 @@ def bind_admin(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # who is told the port may connect at once; it is answered when the node runs
     except OSError as error:
         listener.close()
         raise StartupError(
