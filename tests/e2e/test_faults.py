@@ -14,7 +14,7 @@ import pytest
 
 from kvmesh.bench.cluster import Completion, complete, metric, wait_healthy
 from kvmesh.models import BENCH, make_tiny_llama
-from support.servers import CHUNK_TOKENS, STEADY, Pair, cold_then_pulled, node_of, pulled, running_pair, token_prompt
+from support.servers import CHUNK_TOKENS, Pair, cold_then_pulled, node_of, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -30,7 +30,6 @@ CHANNELS = os.environ.get("TEST_CHANNELS", "tcp").split(",")
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two instances with prefix caching on, as a user would run them; short time-outs, so that the test sees them."""
     config = {
-        **STEADY,  # a fault must meet a fetch, and end by the time-outs under test, not by what computing would take
         "fetch_timeout_s": FETCH_TIMEOUT_S,
         "stall_timeout_s": 1.0,
         "max_local_cpu_size": 3,

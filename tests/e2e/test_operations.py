@@ -12,7 +12,7 @@ import pytest
 from kvmesh.bench.cluster import Controller, Instance, complete, instance_config, metric, wait_healthy
 from kvmesh.models import TINY, make_tiny_llama
 from support.prefork import PreforkedInstance
-from support.servers import PoolView, node_of, pulled, token_prompt, words
+from support.servers import STEADY, PoolView, node_of, pulled, token_prompt, words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -65,7 +65,7 @@ def published(instance: Instance) -> set[bytes]:
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp("operations")
     model = make_tiny_llama(shape=TINY)
-    config = {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
+    config = STEADY | {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
     with contextlib.ExitStack() as stack:
         controller = Controller(folder)
         stack.callback(controller.stop)

@@ -14,17 +14,7 @@ import pytest
 from kvmesh.bench.cluster import complete
 from kvmesh.models import TINY, make_tiny_llama
 from support.redis_servers import SERVER, needs_redis, running_redis_cluster
-from support.servers import (
-    NO_CONTROLLER,
-    STEADY,
-    Pair,
-    PoolView,
-    cold_then_pulled,
-    node_of,
-    pulled,
-    running_pair,
-    token_prompt,
-)
+from support.servers import NO_CONTROLLER, Pair, PoolView, cold_then_pulled, node_of, pulled, running_pair, token_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -37,8 +27,7 @@ POOL_GB = CHUNKS / 10 * CHUNK_TOKENS * TINY.kv_bytes_per_token(4) / 1024**3
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("pressure")
-    # Evictions are to meet fetches, also where this model would be quicker to compute.
-    config: dict[str, object] = STEADY | {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
+    config = {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
     with contextlib.ExitStack() as stack:
         if SERVER is not None:
             masters = stack.enter_context(running_redis_cluster(folder / "redis", masters=3))

@@ -15,14 +15,14 @@ from kvmesh.bench.cluster import Instance, complete, instance_config, wait_healt
 from kvmesh.models import make_tiny_llama
 from support.prefork import PreforkedInstance
 from support.routers import RouterProcess, until
-from support.servers import STEADY, Pair, pulled, running_pair, words
+from support.servers import Pair, pulled, running_pair, words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    config = STEADY | {"max_local_cpu_size": 1}  # one test counts what is pulled, of a model that computes as quickly
+    config = {"max_local_cpu_size": 1}
     with running_pair(tmp_path_factory.mktemp("router"), make_tiny_llama(), config=config) as pair:
         yield pair
 
