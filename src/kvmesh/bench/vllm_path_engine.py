@@ -204,7 +204,7 @@ def _samples(keys: Sequence[bytes]) -> list[list[bytes]]:
 
 def _lookup_s(tier: Any, keys: Sequence[bytes]) -> float:
     """Seconds per chunk of a request's first lookup, with what the gate does once."""
-    from vllm.v1.kv_offload.base import LookupResult, ReqContext  # noqa: PLC0415 - as above
+    from kvmesh.vllm.compat import LookupResult, ReqContext  # noqa: PLC0415 - as above
 
     context = ReqContext(f"bench-{random.getrandbits(64):x}")
     for position, key in enumerate(keys, start=1):
