@@ -15,5 +15,5 @@ pinned() { grep -i "^$1==" "$lock"; }
 $pip --target "$target/any" . "$(pinned redis)"
 for version in 3.10 3.11 3.12 3.13; do
   $pip --only-binary=:all: --implementation cp --python-version "$version" \
-    --target "$target/cp$(echo "$version" | tr -d .)" "$(pinned xxhash)" "$(pinned hiredis)"
+    --target "$target/cp$(echo "$version" | tr -d .)" "$(pinned xxhash)" "$(pinned zstandard)" "$(pinned hiredis)"
 done

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from kvmesh.config import load_config
 from kvmesh.router.config import make_router_config
@@ -105,6 +110,27 @@ class TestCompose:
 
 
 @pytest.mark.timeout(180)
+def distribution_of(package: str) -> str:
+    """The distribution that an importable package came with; vLLM for CPU has another one's name."""
+    return packages_distributions()[package][0]
+
+
+def brought_by(name: str) -> set[str]:
+    """Distributions that come with one, by what each says that it requires."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [(name, frozenset[str]())]
+    while waiting:
+        one, extras = waiting.pop()
+        with contextlib.suppress(PackageNotFoundError):
+            for each in map(Requirement, requires(one) or []):
+                wanted = (canonicalize_name(each.name), frozenset(each.extras))
+                applies = each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+                if applies and wanted not in found:
+                    found.add(wanted)
+                    waiting.append(wanted)
+    return {one for one, _ in found}
+
+
 def test_what_goes_beside_an_engine(tmp_path: Path) -> None:
     """site.sh makes a folder from which vLLM's Python finds kvmesh, its plug-in, and what is compiled for it."""
     python = ROOT / ".venv" / "bin" / "python"
@@ -115,14 +141,19 @@ def test_what_goes_beside_an_engine(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} >= {"any", "cp310", "cp311", "cp312", "cp313"}
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lacking = {canonicalize_name(Requirement(one).name) for one in ours} - brought_by(distribution_of("vllm"))
+    for version in ("cp310", "cp311", "cp312", "cp313"):
+        beside = {path.name.lower() for folder in ("any", version) for path in (tmp_path / folder).iterdir()}
+        assert lacking - beside == set(), f"{version}: kvmesh needs these, and vLLM does not bring them"
     program = (
-        "import kvmesh, xxhash, redis, hiredis; from importlib.metadata import entry_points;"
-        "print(kvmesh.__file__, xxhash.__file__, redis.__file__, hiredis.__file__,"
+        "import kvmesh, xxhash, redis, hiredis, zstandard; from importlib.metadata import entry_points;"
+        "print(kvmesh.__file__, xxhash.__file__, redis.__file__, hiredis.__file__, zstandard.__file__,"
         "[one.value for one in entry_points(group='vllm.general_plugins')])"
     )
     shown = subprocess.run(
         [python, "-c", program], env={"PYTHONPATH": f"{tmp_path}/any:{tmp_path}/cp311"},
         capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip
-    assert shown.count(str(tmp_path)) == 4
+    assert shown.count(str(tmp_path)) == 5
     assert "kvmesh.vllm.plugin:register" in shown
