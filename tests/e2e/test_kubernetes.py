@@ -49,18 +49,23 @@ def test_what_pods_do_is_what_policies_allow(stack: Stack) -> None:
     """Every connection that a pod has opened would pass the rendered NetworkPolicies; the expected ones are there."""
     rendered = stack.helm.render(SEED, sets=SMALLER).manifests
     policies = [one for one in rendered if one["kind"] == "NetworkPolicy"]
-    pods = {pod.address: pod for pod in stack.cluster.pods.values()}
-    seen = set()
-    for pod in pods.values():
-        for address, port in stack.cluster.network.connections(pod.space):
-            # A service's address stands for the pod behind it, which listens on another port.
-            target, port_there = stack.cluster.behind(address, port)
-            if target is None:
-                continue  # the API server
-            labels = [one.object["metadata"]["labels"] for one in (pod, target)]
-            assert allowed(policies, End(labels[0]), End(labels[1]), port_there), (pod.name, target.name, port_there)
-            seen.add(tuple(label["app.kubernetes.io/component"] for label in labels))
-    assert {("engine", "engine"), ("engine", "lookup-server")} <= seen
+    seen: set[tuple[str, ...]] = set()
+
+    def look() -> bool:
+        """Checks what is connected now; whether all that is expected has been seen."""
+        for pod in list(stack.cluster.pods.values()):
+            for address, port in stack.cluster.network.connections(pod.space):
+                # A service's address stands for the pod behind it, which listens on another port.
+                target, port_there = stack.cluster.behind(address, port)
+                if target is None:
+                    continue  # the API server
+                labels = [one.object["metadata"]["labels"] for one in (pod, target)]
+                way = (pod.name, target.name, port_there)
+                assert allowed(policies, End(labels[0]), End(labels[1]), port_there), way
+                seen.add(tuple(label["app.kubernetes.io/component"] for label in labels))
+        return {("engine", "engine"), ("engine", "lookup-server")} <= seen
+
+    stack.cluster.wait("connections of engines to each other and to Redis", look, 30)
 
 
 def test_a_pod_that_goes_ends_by_itself(stack: Stack) -> None:

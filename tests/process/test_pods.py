@@ -17,6 +17,7 @@ from support.helm import CHART, SEED, TOOLS, Helm
 from support.kube import engine
 from support.kube.cluster import running_cluster
 from support.kube.images import VENV, kvmesh_image, redis_image, vllm_image
+from support.kube.network import PodNetwork, ip, unavailable
 from support.kube.tutorial import Stack, missing
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
@@ -105,3 +106,18 @@ def asking(stack: Stack) -> Iterator[Answers]:
         stopping.set()
         for client in clients:
             client.join()
+
+
+def test_a_pod_that_comes_changes_no_way_to_a_service() -> None:
+    """The bridge keeps its link address, which every pod remembers for the services behind it."""
+    if (reason := unavailable()) is not None:
+        pytest.skip(reason)
+    with PodNetwork() as network:
+        link = Path(f"/sys/class/net/{network.bridge}/address")
+        before = link.read_text()
+        space, _ = network.add_pod()
+        (port,) = Path(f"/sys/class/net/{network.bridge}/brif").iterdir()
+        ip("link", "set", port.name, "address", "00:00:00:00:00:02")  # lower than any that is drawn
+        assert link.read_text() == before
+        network.remove(space)
+        assert link.read_text() == before

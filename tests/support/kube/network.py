@@ -42,7 +42,7 @@ class PodNetwork:
 
     def __init__(self) -> None:
         self._tag = f"kv{os.getpid() % 100000}"
-        self._bridge = f"{self._tag}br"
+        self.bridge = f"{self._tag}br"
         self._subnet = _free_subnet()
         self._next_pod, self._next_service = 10, 200
         self._spaces: list[str] = []
@@ -50,16 +50,18 @@ class PodNetwork:
         """This machine, as pods see it."""
 
     def __enter__(self) -> Self:
-        ip("link", "add", self._bridge, "type", "bridge")
-        ip("addr", "add", f"{self.host}/24", "dev", self._bridge)
-        ip("link", "set", self._bridge, "up")
+        # A bridge without an address of its own takes the lowest of its ports: a pod that comes or goes may change it,
+        # and what others know of the way to a service is then wrong for half a minute.
+        ip("link", "add", self.bridge, "address", "02:00:00:00:00:01", "type", "bridge")
+        ip("addr", "add", f"{self.host}/24", "dev", self.bridge)
+        ip("link", "set", self.bridge, "up")
         return self
 
     def __exit__(self, *_: object) -> None:
         for space in list(self._spaces):
             self.remove(space)
         with contextlib.suppress(OSError):
-            ip("link", "del", self._bridge)
+            ip("link", "del", self.bridge)
 
     def add_pod(self) -> tuple[str, str]:
         """(namespace, address) of a new pod."""
@@ -69,7 +71,7 @@ class PodNetwork:
         ip("netns", "add", space)
         self._spaces.append(space)
         ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
-        ip("link", "set", outside, "master", self._bridge, "up")
+        ip("link", "set", outside, "master", self.bridge, "up")
         ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
         ip("-n", space, "link", "set", "eth0", "up")
         ip("-n", space, "link", "set", "lo", "up")
@@ -79,7 +81,7 @@ class PodNetwork:
         """A new address on the bridge, for a service."""
         number, self._next_service = self._next_service, self._next_service + 1
         address = f"{self._subnet}.{number}"
-        ip("addr", "add", f"{address}/24", "dev", self._bridge)
+        ip("addr", "add", f"{address}/24", "dev", self.bridge)
         return address
 
     def write_hosts(self, space: str, names: Sequence[tuple[str, str]]) -> None:
