@@ -38,8 +38,8 @@ chart-tools: setup ## fetch Helm 3 and 4, kubectl, Kubernetes' schemas and hadol
 chart-check: chart-tools ## the Helm chart and the images: lint, schemas, refusals, install to uninstall
 	@$(python) scripts/run_tests.py chart $(CHART)
 
-image-check: ## build the images without a Docker daemon (root, Debian) and start what is in them
-	@scripts/image_check
+image-check: setup ## build both images and run the compose file on them: two real engines share (root, Debian, Docker)
+	@$(python) scripts/image_check.py
 
 chaos: setup ## faults done to real processes under load, as a table (CHAOS="--quick", "--only link-cut", "--soak 20")
 	@.venv/bin/kvmesh bench chaos $(CHAOS)
