@@ -28,7 +28,9 @@ log = logging.getLogger("kvmesh.node")
 VISIBLE_BATCH = 20_000
 """Keys per Visible message: a bulk change reaches the engine in pieces that each take it a millisecond or two."""
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
-"""What may wait for an engine that does not read. Beyond it changes are dropped, and it gets the whole set later."""
+"""What may wait for an engine that does not read, beside a whole set. Beyond it changes are dropped, and it gets the
+whole set later.
+"""
 PARENT_POLL_S = 1.0
 MAX_QUESTIONS = 1000
 
@@ -45,6 +47,10 @@ class EngineLink(NodeListener):
         self._others: set[asyncio.Task[None]] = set()
         self._behind = False
         """Changes were dropped; `_catch_up` waits until the engine reads again."""
+        self._whole_bytes = 0
+        """Unsent when the whole set was told last. If these counted, a set of a million keys alone would make an engine
+        late, which would be told all of it again, and so on.
+        """
         self._untold: link.Directory | None = None
         self._key_number = 0
         self._key_makers: dict[int, asyncio.Future[link.KeysMade]] = {}
@@ -197,10 +203,8 @@ class EngineLink(NodeListener):
         self._send(state)
 
     def on_visible_reset(self, keys: list[ChunkKey]) -> None:
-        if self._is_behind():
-            return
-        self._send(link.Visible([], [], reset=True))
-        self._tell_visible(keys, [])
+        if not self._is_behind():
+            self._tell_all(keys)
 
     def operate(self, operation_id: str, command: AnyCommand, timeout_s: float) -> bool:
         self._send(link.Operate(operation_id, command, timeout_s))
@@ -226,6 +230,12 @@ class EngineLink(NodeListener):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _tell_all(self, keys: list[ChunkKey]) -> None:
+        self._send(link.Visible([], [], reset=True))
+        self._tell_visible(keys, [])
+        if self._writer is not None:
+            self._whole_bytes = self._writer.transport.get_write_buffer_size()
+
     def _tell_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
         size = VISIBLE_BATCH
         for start in range(0, max(len(appeared), len(vanished)), size):
@@ -236,7 +246,7 @@ class EngineLink(NodeListener):
         """Whether the engine has stopped reading; if so, see to it that it learns everything when it goes on."""
         if self._behind or self._writer is None or self._node is None:
             return self._behind
-        if self._writer.transport.get_write_buffer_size() <= MAX_UNSENT_BYTES:
+        if self._writer.transport.get_write_buffer_size() <= MAX_UNSENT_BYTES + self._whole_bytes:
             return False
         self._behind = True
         log.warning("engine does not read its link; it learns what has changed when it does")
@@ -249,8 +259,7 @@ class EngineLink(NodeListener):
         except OSError:
             return  # the reading task sees the same end
         self._behind = False
-        self._send(link.Visible([], [], reset=True))
-        self._tell_visible(node.visible_keys(), [])
+        self._tell_all(node.visible_keys())
         if self._untold is not None:
             state, self._untold = self._untold, None
             self._send(state)

@@ -185,3 +185,31 @@ async def test_an_engine_that_stops_costs_bounded_memory_and_then_knows_everythi
     assert visible == set(known)
     node.on_changes(directory.Changes("other", member.incarnation, 501, [KEY], []))
     assert (await engine.hear(link.Visible)).appeared == [KEY], "and it is told of changes again"
+
+
+async def test_a_set_that_is_larger_than_what_may_wait_is_told_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much others hold: changes that come while an engine reads the whole set do not make it begin again."""
+    assert engine.node._writer is not None
+    assert engine.node._node is not None
+    node, member = engine.node._node, make_member("other", format=stand_in_format(CHUNK_BYTES))
+    node.on_member_up(member)
+    keys = [make_key(str(number)) for number in range(50_000)]  # 1.9 MB, more than a socket takes at once
+    monkeypatch.setattr(engine_link_module, "MAX_UNSENT_BYTES", 100_000)
+    engine.node._writer.transport.set_write_buffer_limits(high=100_000)
+    node.on_snapshot(directory.Snapshot("other", member.incarnation, 0, keys, first=True, last=True))
+    resets, visible, sequence = 0, set[bytes](), 0
+    message = link.Visible([], [], reset=False)
+    while not resets or not visible.issuperset(keys) or [KEY] not in (message.appeared, message.vanished):
+        sequence += 1  # the cluster is busy: a change with each word that the engine reads
+        added, removed = ([KEY], []) if sequence % 2 else ([], [KEY])
+        node.on_changes(directory.Changes("other", member.incarnation, sequence, added, removed))
+        heard = await engine.hear(link.Visible)
+        assert isinstance(heard, link.Visible)
+        message = heard
+        resets += message.reset
+        assert resets <= 1, "the whole set is told again and again"
+        if message.reset:
+            visible.clear()
+        visible |= set(message.appeared)
