@@ -11,6 +11,7 @@ the quickest of each counts: two sizes tell the fixed part of a fetch from what 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -79,8 +80,13 @@ class Prober:
         while True:
             await asyncio.sleep(LOOK_S)
             peer = self._next(time.monotonic())
-            if peer is not None:
+            if peer is None:
+                continue
+            try:
                 await self._probe(peer)
+            except Exception:  # such as no descriptor to be had: whatever it is, requests do not need the probe
+                log.exception("peer cannot be probed instance=%s", peer.member.instance_id)
+                self._not_before_s[peer.member.incarnation] = time.monotonic() + UNPROBED_REPEAT_S
 
     def close(self) -> None:
         """End a probe that runs."""
@@ -126,14 +132,13 @@ class Prober:
 
     async def _probe(self, peer: Peer) -> None:
         items = [FetchItem(key, slot) for slot, key in enumerate(self._keys(peer))]
-        pool = HostPool.create(len(items), self._chunk_bytes)
-        transport = self._running = self._make(peer.member, pool)
-        try:
-            runs = await asyncio.to_thread(_measure, transport, items)
-        finally:
-            self._running = None
-            transport.close()
-            pool.close()
+        with contextlib.closing(HostPool.create(len(items), self._chunk_bytes)) as pool:
+            transport = self._running = self._make(peer.member, pool)
+            try:
+                runs = await asyncio.to_thread(_measure, transport, items)
+            finally:
+                self._running = None
+                transport.close()
         self.probes += 1
         longest_s = max((seconds for _, seconds in runs), default=0.0)
         self._not_before_s[peer.member.incarnation] = time.monotonic() + max(REPEAT_S, REPEAT_SHARE * longest_s)

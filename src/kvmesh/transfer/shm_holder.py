@@ -27,7 +27,11 @@ def socket_address(peer_port: int, incarnation: str) -> bytes:
 
 def why_not_shared(peer_port: int, incarnation: str) -> str | None:
     """Why a holder's memory cannot be shared; None when it can. Does not wait."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as sock:
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError as error:  # too many open files
+        return f"no socket to be had: {error}"
+    with sock:
         try:
             sock.connect(socket_address(peer_port, incarnation))
         except BlockingIOError:

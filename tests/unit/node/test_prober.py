@@ -186,3 +186,22 @@ async def test_what_is_remembered_of_probes_goes_with_the_peers(world):
     world.peers.remove("a")
     world.prober._next(0.0)
     assert not world.prober._not_before_s
+
+
+async def test_what_cannot_be_probed_costs_the_node_nothing(world, monkeypatch):
+    """Such as a node without a descriptor for a probe's memory: the others get their turn all the same."""
+    monkeypatch.setattr(prober_module, "LOOK_S", 0.0)
+    first, second = world.join("a"), world.join("b")
+    make, done = world.make, asyncio.Event()
+
+    def fail_for_the_first(member, pool):
+        if member is first.member:
+            raise OSError(24, "Too many open files")
+        return make(member, pool)
+
+    world.prober._make, world.prober._measured = fail_for_the_first, done.set
+    running = asyncio.create_task(world.prober.run())
+    await asyncio.wait((running, asyncio.create_task(done.wait())), timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    assert done.is_set()
+    assert second.rate.rate is not None
+    running.cancel()

@@ -197,6 +197,17 @@ def test_a_node_of_this_host_is_seen_without_asking_anybody(store, pool):
         assert "not on this host" in elsewhere.reason
 
 
+def test_who_has_no_descriptor_left_fetches_over_tcp(pool, monkeypatch):
+    """A peer is met once: it must not be lost because of that moment."""
+
+    def no_socket(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(shm_holder.socket, "socket", no_socket)
+    chosen = choose("auto", target(1), hello(CHUNK_BYTES, "me", "0" * 16), pool, host="127.0.0.1")
+    assert isinstance(chosen.transport, TcpTransport)
+
+
 def test_another_user_shares_nothing(store, pool, monkeypatch):
     """Whichever side is the other user's, and whoever has put itself in the holder's place."""
     with serving(store) as server, fetching(pool, target(server.port)) as transport:
