@@ -289,7 +289,9 @@ class StaticClient:
     # -- on the loop ---------------------------------------------------------------------------------------------------
 
     def _take(self, peer: _Peer, theirs: Hello, told: Told) -> bool:
-        """Apply what a peer says; False ends the conversation, and the next one begins with a snapshot."""
+        """Apply what a peer says; False ends the conversation for long. Raises PeerProtocolError for a gap in its
+        changes: the next conversation, soon, begins with a snapshot.
+        """
         who = (theirs.instance_id, theirs.incarnation)
         if isinstance(told, wire.MemberUp):
             return self._up(peer, who, told.member)
@@ -297,8 +299,9 @@ class StaticClient:
             peer.problem = f"it speaks of {told.instance_id[:64]} instead of itself"
             return False
         peer.reached_at_s = time.monotonic()
-        if isinstance(told, wire.Changes):
-            return self._listener.on_changes(told)
+        if isinstance(told, wire.Changes) and not self._listener.on_changes(told):
+            expected, found = "changes without a gap", f"changes {told.sequence}, which do not follow"
+            raise PeerProtocolError(told.instance_id, expected, found)
         if isinstance(told, wire.Snapshot):
             self._listener.on_snapshot(told)
         return True
