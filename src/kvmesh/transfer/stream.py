@@ -41,6 +41,8 @@ SHORTEST_S = 0.001
 """The kernel's clock for socket timeouts ticks every 1 to 4 ms, and zero would mean for ever."""
 ARM_TOLERANCE_S = 0.01
 """The kernel is not told of each millisecond that goes by; a call may outlive its deadline by so much."""
+MAX_PARTS = 1024
+"""Of one system call (IOV_MAX of Linux)."""
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
 
 
@@ -127,7 +129,7 @@ class PeerStream:
         while rest:
             by_deadline = self._arm(socket.SO_SNDTIMEO, deadline)
             try:
-                count = self._socket.sendmsg(rest)  # never with MSG_ZEROCOPY: see above
+                count = self._socket.sendmsg(rest[:MAX_PARTS])  # never with MSG_ZEROCOPY: see above
             except BlockingIOError:
                 raise self._timed_out(by_deadline, "room to send") from None
             except OSError as error:

@@ -120,6 +120,17 @@ def test_get_answers_each_key_in_order(server, store):
     assert (statistics.served_chunks, statistics.served_bytes, statistics.gone) == (2, 2 * CHUNK_BYTES, 1)
 
 
+def test_a_get_of_many_chunks_that_are_not_held_is_answered_for_each(server):
+    """Also of more than the kernel takes in one call."""
+    with linked(server.port) as link:
+        missing = [key(CHUNKS + index) for index in range(peer.MAX_KEYS)]
+        link.send(peer.Get(7, missing), soon())
+        header = memoryview(bytearray(peer.HEADER_BYTES))
+        for position in range(len(missing)):
+            link.stream.receive_into(header, soon())
+            assert peer.parse_header(header) == (peer.ChunkStatus.GONE, 7, position, 0)
+
+
 def test_validate_gives_the_checksum_of_what_is_still_there(server, store):
     generation = store.ledger.generation(0)
     with linked(server.port) as link:
