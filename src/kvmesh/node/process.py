@@ -61,6 +61,8 @@ log = logging.getLogger("kvmesh.node")
 
 
 PREFAULT_PAUSE_S = 0.001
+MAX_TOKENS_PER_S = 1e9
+"""What a heartbeat can tell: a measurement that is nonsense must not have the directory take us for dead."""
 
 
 class Node:
@@ -247,7 +249,7 @@ class Node:
     ) -> JobResult:
         """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
         if saved is not None and saved.chunk_s > 0:
-            self._prefill_tokens_per_s = self.format.chunk_tokens / saved.chunk_s
+            self._prefill_tokens_per_s = min(self.format.chunk_tokens / saved.chunk_s, MAX_TOKENS_PER_S)
         self._active_fetches += 1
         try:
             result = await self.fetcher.fetch(make_items(keys, slots), timeout_s, saved)

@@ -89,6 +89,16 @@ async def test_giving_up_twice_at_once_ends(engine: Engine) -> None:
     pytest.fail("the node gives up for ever")
 
 
+async def test_what_an_engine_has_measured_does_not_spoil_the_nodes_heartbeats(engine: Engine) -> None:
+    """A slope that noise has made nearly nothing is no reason for a controller to refuse them, and forget the node."""
+    assert engine.node._node is not None
+    engine.say(link.Fetch(1, "r", [KEY], [0], 5.0, link.SavedPrefill(0.0, 1e-12, 0.0)))
+    await engine.hear(link.FetchDone)
+    node = engine.node._node
+    beat = directory.Heartbeat(node.instance_id, node.incarnation, 0, node.statistics())
+    assert directory.request_decoder.decode(directory.encode(beat)) == beat
+
+
 LIES = {
     "no msgpack": b"\xc1",
     "nested too deep": b"\x92\xa6GiveUp" + b"\x91" * 20_000 + b"\x90",
