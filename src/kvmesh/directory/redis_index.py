@@ -43,6 +43,8 @@ class IndexWriter:
         self._id, self._incarnation = member.instance_id, member.incarnation
         self._keys = keys
         self._is_on = False
+        self._unsaid: dict[bytes, None] = {}
+        """Not in the index yet: all when somebody has begun to ask, later what Redis did not take."""
         self._renewing: list[bytes] = []
 
     async def beat(self, interval_s: float) -> None:
@@ -51,10 +53,13 @@ class IndexWriter:
         started, self._is_on = is_on and not self._is_on, is_on
         if not is_on:
             self._renewing.clear()
+            self._unsaid.clear()
             return
         if started:
             log.info("other nodes ask who holds what; writing our chunks for them")
-            await self._put(self._keys())
+            self._unsaid = dict.fromkeys(self._keys())
+        if self._unsaid:
+            await self._put(list(self._unsaid))
             return
         if not self._renewing:
             self._renewing = list(self._keys())
@@ -66,15 +71,20 @@ class IndexWriter:
         """Changes that have just been published."""
         if not self._is_on:
             return
-        for part in _parts(batch.removed):
-            await self._link.many([("HDEL", self._layout.holders(self._format_id, key), self._id) for key in part])
+        for key in batch.removed:
+            self._unsaid.pop(key, None)
+        self._unsaid.update(dict.fromkeys(batch.added))
+        await self._take_out(batch.removed)
         await self._put(batch.added)
 
     async def withdraw(self) -> None:
         """Take everything of ours out."""
         if self._is_on:
-            for part in _parts(self._keys()):
-                await self._link.many([("HDEL", self._layout.holders(self._format_id, key), self._id) for key in part])
+            await self._take_out(self._keys())
+
+    async def _take_out(self, keys: Sequence[bytes]) -> None:
+        for part in _parts(keys):
+            await self._link.many([("HDEL", self._layout.holders(self._format_id, key), self._id) for key in part])
 
     async def _put(self, keys: Sequence[bytes]) -> None:
         for part in _parts(keys):
@@ -83,6 +93,8 @@ class IndexWriter:
                 name = self._layout.holders(self._format_id, key)
                 commands += [("HSET", name, self._id, self._incarnation), ("EXPIRE", name, INDEX_TTL_S)]
             await self._link.many(commands)
+            for key in part:
+                self._unsaid.pop(key, None)
 
 
 class IndexReader:
