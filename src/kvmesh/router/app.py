@@ -122,41 +122,33 @@ class App:
             raise RouterError(501, "not_supported", "the router forwards plain HTTP requests; connect to an engine")
         metrics.inflight += 1
         self._idle.clear()
-        reserved_bytes = 0
+        room = _Room(settings, metrics)
         try:
-            reserved_bytes = self._reserve(request.content_length or 0)
-            body = await self._read_body(request)
-            if len(body) > reserved_bytes:  # sent in chunks: its length is known only now
-                reserved_bytes += self._reserve(len(body) - reserved_bytes)
+            room.take(request.content_length or 0)
+            body = await self._read_body(request, room)
             facts = read_facts(
                 request.method, request.path, request.headers, body, session_header=settings.session_header
             )
             return await self._proxy.forward(request, target, facts, body, request_id)
         finally:
-            metrics.buffered_bytes -= reserved_bytes
+            room.give_back()
             metrics.inflight -= 1
             if not metrics.inflight:
                 self._idle.set()
 
-    def _reserve(self, size_bytes: int) -> int:
-        """Memory for a body. Raises RouterError when there is none."""
-        settings = self._settings
-        if size_bytes > settings.max_body_bytes:
-            raise _too_long(settings.max_body_bytes)
-        if self._metrics.buffered_bytes + size_bytes > settings.max_buffered_bytes:
-            text = "too many long requests are under way: max_buffered_bytes is reached"
-            raise RouterError(503, "too_many_bytes", text, retry_after_s=1)
-        self._metrics.buffered_bytes += size_bytes
-        return size_bytes
-
-    async def _read_body(self, request: web.BaseRequest) -> bytes:
+    async def _read_body(self, request: web.BaseRequest, room: _Room) -> bytes:
         if not request.body_exists:
             return b""
         content = request.content
         if content.is_eof():  # small bodies come with their headers
-            return await content.read()
+            body = await content.read()
+            room.take(len(body))
+            return body
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # curl waits a second for it
+            request.writer.output_size = 0  # this was not the answer
         try:
-            return await asyncio.wait_for(self._collect(request), self._settings.body_timeout_s)
+            return await asyncio.wait_for(_collect(request, room), self._settings.body_timeout_s)
         except asyncio.TimeoutError:
             text = f"the body did not come within {self._settings.body_timeout_s:g} s"
             raise RouterError(408, "body_timeout", text) from None
@@ -164,16 +156,6 @@ class App:
             raise
         except (web.RequestPayloadError, ValueError) as error:
             raise RouterError(400, "bad_request", f"the body cannot be read: {error}") from None
-
-    async def _collect(self, request: web.BaseRequest) -> bytes:
-        limit_bytes = self._settings.max_body_bytes
-        parts, size_bytes = [], 0
-        while part := await request.content.readany():
-            size_bytes += len(part)
-            if size_bytes > limit_bytes:
-                raise _too_long(limit_bytes)
-            parts.append(part)
-        return b"".join(parts)
 
     # -- own paths -----------------------------------------------------------------------------------------------------
 
@@ -210,6 +192,41 @@ class App:
         return json_response({"backends": [_backend_view(state) for state in self._fleet]})
 
 
+class _Room:
+    """One request's share of the memory for bodies."""
+
+    def __init__(self, settings: AppSettings, metrics: RouterMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._taken_bytes = 0
+
+    def take(self, size_bytes: int) -> None:
+        """Have room for a body of so many bytes. Raises RouterError when there is none."""
+        settings, more_bytes = self._settings, max(0, size_bytes - self._taken_bytes)
+        if size_bytes > settings.max_body_bytes:
+            text = f"the request's body is longer than {settings.max_body_bytes} bytes (max_body_bytes)"
+            raise RouterError(413, "body_too_long", text)
+        if self._metrics.buffered_bytes + more_bytes > settings.max_buffered_bytes:
+            text = "too many long requests are under way: max_buffered_bytes is reached"
+            raise RouterError(503, "too_many_bytes", text, retry_after_s=1)
+        self._metrics.buffered_bytes += more_bytes
+        self._taken_bytes += more_bytes
+
+    def give_back(self) -> None:
+        """The body is not needed any more."""
+        self._metrics.buffered_bytes -= self._taken_bytes
+        self._taken_bytes = 0
+
+
+async def _collect(request: web.BaseRequest, room: _Room) -> bytes:
+    parts, size_bytes = [], 0
+    while part := await request.content.readany():
+        size_bytes += len(part)
+        room.take(size_bytes)  # one that is sent in chunks does not say how long it will be
+        parts.append(part)
+    return b"".join(parts)
+
+
 def _backend_view(state: BackendState) -> dict[str, object]:
     backend = state.backend
     return {
@@ -223,10 +240,6 @@ def _backend_view(state: BackendState) -> dict[str, object]:
         "waiting_tokens": state.load.waiting_tokens,
         "assigned_requests": state.load.assigned,
     }
-
-
-def _too_long(limit_bytes: int) -> RouterError:
-    return RouterError(413, "body_too_long", f"the request's body is longer than {limit_bytes} bytes (max_body_bytes)")
 
 
 class _LimitedServer(web.Server):
