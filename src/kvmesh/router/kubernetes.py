@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import ssl
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ WATCH_S = (240, 360)
 """The server is asked to end a watch after a random time in this range, so that not all routers come at once."""
 WATCH_SILENCE_S = 30.0
 """Beyond the end that was asked for: a connection that has died without a word is noticed then."""
+SHORTEST_WATCH_S = 1.0
 RETRY_S = (0.5, 15.0)
 """Pause after a failure: doubled from the first to the second."""
 MAX_LINE_BYTES = 4 << 20
@@ -124,6 +126,7 @@ class KubernetesDiscovery:
         version, failures = "", 0
         self._metrics.discovery_connected = False
         while True:
+            began_s = time.monotonic()
             try:
                 connector = aiohttp.TCPConnector(ssl=self._access.ssl_context(), limit=4)
                 async with aiohttp.ClientSession(
@@ -136,14 +139,16 @@ class KubernetesDiscovery:
                         version = await self._list(session)
                         on_backends(self._table.backends())
                     self._metrics.discovery_connected = True
-                    failures = 0
                     version = await self._watch(session, version, on_backends)
+                failures = 0
                 continue
             except _TooOldError as error:
                 log.info("listing the pods anew: %s", error)
                 version = ""
             except (_WatchError, aiohttp.ClientError, asyncio.TimeoutError, OSError, msgspec.MsgspecError) as error:
                 self._metrics.discovery_connected = False
+                if time.monotonic() - began_s > self._retry_s[1]:
+                    failures = 0  # it went well for long
                 if not failures:
                     log.warning("the Kubernetes API server fails url=%s: %s", self._access.url, _told(error))
                 failures += 1
@@ -183,6 +188,7 @@ class KubernetesDiscovery:
             "timeoutSeconds": str(seconds),
         }
         timeout = aiohttp.ClientTimeout(total=seconds + WATCH_SILENCE_S, sock_connect=LIST_TIMEOUT_S)
+        began_s, before = time.monotonic(), version
         async with session.get(self._pods_url, params=parameters, timeout=timeout) as answer:
             await _check(answer)
             async for line in _lines(answer.content):
@@ -195,11 +201,13 @@ class KubernetesDiscovery:
                 pod = self._pod_decoder.decode(event.object)
                 version = pod.metadata.resource_version or version
                 if event.type in {"ADDED", "MODIFIED", "DELETED"}:
-                    before = self._table.backends()
+                    known = self._table.backends()
                     self._table.apply(event.type, pod)
                     after = self._table.backends()
-                    if after != before:
+                    if after != known:
                         on_backends(after)
+        if version == before and time.monotonic() - began_s < SHORTEST_WATCH_S:
+            raise _WatchError("the watch ends as soon as it has begun")  # to ask again at once would never end
         return version
 
 
