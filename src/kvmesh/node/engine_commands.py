@@ -104,7 +104,8 @@ class EngineCommands:
         self._node.answer(link.KeysMade(message.number, keys))
 
     def _fail(self, operation_id: str, text: str) -> None:
-        self._tell(operation_id, Report(state=RunState.FAILED, text=text))
+        pinned_chunks = 0 if self._operations is None else self._operations.pinned_chunks
+        self._tell(operation_id, Report(state=RunState.FAILED, text=text, pinned_chunks=pinned_chunks))
 
     def _tell(self, operation_id: str, report: Report) -> None:
         self._node.answer(link.Operated(operation_id, report))

@@ -221,10 +221,14 @@ class PoolOperations:
         for operation_id, command, give_up_s in submitted:
             if now_s >= give_up_s:
                 text = "the engine took no step before the operation's time was up"
-                news.append(News(operation_id, Report(state=RunState.FAILED, text=text)))
+                report = Report(state=RunState.FAILED, text=text, pinned_chunks=len(self._pins))
+                news.append(News(operation_id, report))
             elif isinstance(command, ListHot):
                 keys = self._pool.hottest(command.limit)
-                report = Report(state=RunState.DONE, chunks_done=len(keys), chunks_total=len(keys), keys=keys)
+                number, pinned = len(keys), len(self._pins)
+                report = Report(
+                    state=RunState.DONE, chunks_done=number, chunks_total=number, keys=keys, pinned_chunks=pinned
+                )
                 news.append(News(operation_id, report))
             else:
                 self._runs.append(self._make_run(operation_id, command, give_up_s))

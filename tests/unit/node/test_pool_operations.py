@@ -253,6 +253,16 @@ def test_hottest() -> None:
     assert world.last(ListHot(limit=2)).keys == [KEYS[2], KEYS[1]]
 
 
+def test_every_report_says_how_much_is_pinned() -> None:
+    """Pages show what the last report said: one that has nothing to do with pins must not say that there are none."""
+    world = World(held=3)
+    world.last(PinChunks(keys=KEYS[:2], seconds=60.0))
+    assert world.last(ListHot(limit=2)).pinned_chunks == 2
+    world.submit(ClearChunks(), timeout_s=-1.0)
+    [(_, report)] = world.step()
+    assert (report.state, report.pinned_chunks) == (RunState.FAILED, 2)
+
+
 def test_commands_do_not_pile_up() -> None:
     world = World()
     for _ in range(MAX_WAITING):
