@@ -7,6 +7,7 @@ every step is one operation on a dict.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -68,4 +69,5 @@ class AskedKeys:
 
 def _trim(known: dict[bytes, float]) -> None:
     while len(known) > MAX_KEYS:
-        known.pop(next(iter(known)), None)
+        with contextlib.suppress(RuntimeError, StopIteration):  # the other thread has changed it meanwhile
+            known.pop(next(iter(known)), None)
