@@ -28,9 +28,9 @@ log = logging.getLogger("kvmesh.node")
 VISIBLE_BATCH = 20_000
 """Keys per Visible message: a bulk change reaches the engine in pieces that each take it a millisecond or two."""
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
-"""What may wait for an engine that does not read, beside a whole set. Beyond it changes are dropped, and it gets the
-whole set later.
-"""
+"""What may wait for an engine that does not read. Beyond it changes are dropped, and it gets the whole set later."""
+PIECE_UNSENT_BYTES = 1024 * 1024
+"""While so much waits, no further piece of the whole set is told: the end of a fetch does not wait for all of it."""
 PARENT_POLL_S = 1.0
 MAX_QUESTIONS = 1000
 
@@ -47,10 +47,8 @@ class EngineLink(NodeListener):
         self._others: set[asyncio.Task[None]] = set()
         self._behind = False
         """Changes were dropped; `_catch_up` waits until the engine reads again."""
-        self._whole_bytes = 0
-        """Unsent when the whole set was told last. If these counted, a set of a million keys alone would make an engine
-        late, which would be told all of it again, and so on.
-        """
+        self._telling = 0
+        """Number of the whole set that is being told, or was told last."""
         self._untold: link.Directory | None = None
         self._key_number = 0
         self._key_makers: dict[int, asyncio.Future[link.KeysMade]] = {}
@@ -59,7 +57,7 @@ class EngineLink(NodeListener):
     async def serve(self) -> int:
         """Run a node for the engine; returns the process's exit status. Ends with the link or the engine."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
-        self._writer.transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        self._writer.transport.set_write_buffer_limits(high=PIECE_UNSENT_BYTES)
         try:
             start = link.to_node_decoder.decode(await read_frame(reader, link.MAX_FRAME_BYTES) or b"")
             if not isinstance(start, link.Start):
@@ -203,8 +201,8 @@ class EngineLink(NodeListener):
         self._send(state)
 
     def on_visible_reset(self, keys: list[ChunkKey]) -> None:
-        if not self._is_behind():
-            self._tell_all(keys)
+        if not self._is_behind() and self._node is not None:
+            self._tell_all(self._node, keys)
 
     def operate(self, operation_id: str, command: AnyCommand, timeout_s: float) -> bool:
         self._send(link.Operate(operation_id, command, timeout_s))
@@ -230,11 +228,22 @@ class EngineLink(NodeListener):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _tell_all(self, keys: list[ChunkKey]) -> None:
+    def _tell_all(self, node: Node, keys: list[ChunkKey]) -> None:
+        """Begin anew with these keys. They may be millions, so most of them follow later, in pieces."""
+        self._telling += 1
         self._send(link.Visible([], [], reset=True))
-        self._tell_visible(keys, [])
-        if self._writer is not None:
-            self._whole_bytes = self._writer.transport.get_write_buffer_size()
+        _start(self._tell_pieces(node, keys, self._telling), self._others)
+
+    async def _tell_pieces(self, node: Node, keys: list[ChunkKey], number: int) -> None:
+        """Changes are told as they come, between the pieces, so what has vanished meanwhile is left out of these."""
+        for start in range(0, len(keys), VISIBLE_BATCH):
+            if self._behind or self._telling != number:
+                return  # the whole set follows, or follows again
+            self._tell_visible([key for key in keys[start : start + VISIBLE_BATCH] if key in node.replica], [])
+            try:
+                await self._flush()
+            except OSError:
+                return  # the reading task sees the same end
 
     def _tell_visible(self, appeared: list[ChunkKey], vanished: list[ChunkKey]) -> None:
         size = VISIBLE_BATCH
@@ -246,7 +255,7 @@ class EngineLink(NodeListener):
         """Whether the engine has stopped reading; if so, see to it that it learns everything when it goes on."""
         if self._behind or self._writer is None or self._node is None:
             return self._behind
-        if self._writer.transport.get_write_buffer_size() <= MAX_UNSENT_BYTES + self._whole_bytes:
+        if self._writer.transport.get_write_buffer_size() <= MAX_UNSENT_BYTES:
             return False
         self._behind = True
         log.warning("engine does not read its link; it learns what has changed when it does")
@@ -259,7 +268,7 @@ class EngineLink(NodeListener):
         except OSError:
             return  # the reading task sees the same end
         self._behind = False
-        self._tell_all(node.visible_keys())
+        self._tell_all(node, node.visible_keys())
         if self._untold is not None:
             state, self._untold = self._untold, None
             self._send(state)

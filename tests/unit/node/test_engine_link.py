@@ -206,8 +206,10 @@ async def test_a_set_that_is_larger_than_what_may_wait_is_told_once(
     node, member = engine.node._node, make_member("other", format=stand_in_format(CHUNK_BYTES))
     node.on_member_up(member)
     keys = [make_key(str(number)) for number in range(50_000)]  # 1.9 MB, more than a socket takes at once
-    monkeypatch.setattr(engine_link_module, "MAX_UNSENT_BYTES", 100_000)
-    engine.node._writer.transport.set_write_buffer_limits(high=100_000)
+    monkeypatch.setattr(engine_link_module, "MAX_UNSENT_BYTES", 400_000)
+    monkeypatch.setattr(engine_link_module, "VISIBLE_BATCH", 1_000)
+    transport = engine.node._writer.transport
+    transport.set_write_buffer_limits(high=50_000)
     node.on_snapshot(directory.Snapshot("other", member.incarnation, 0, keys, first=True, last=True))
     resets, visible, sequence = 0, set[bytes](), 0
     message = link.Visible([], [], reset=False)
@@ -220,6 +222,7 @@ async def test_a_set_that_is_larger_than_what_may_wait_is_told_once(
         message = heard
         resets += message.reset
         assert resets <= 1, "the whole set is told again and again"
+        assert not resets or transport.get_write_buffer_size() < 200_000, "the end of a fetch would wait for all of it"
         if message.reset:
             visible.clear()
         visible |= set(message.appeared)
