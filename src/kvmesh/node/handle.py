@@ -457,12 +457,17 @@ class NodeHandle:
             connection = self._child.connection if life == self._life else None
         if connection is None:
             return
+        try:
+            frame = pack_frame(link.encode(message))
+        except Exception:  # without this thread nobody would ever tell a node anything again
+            log.exception("node cannot be told kind=%s", type(message).__name__)
+            return
         self._sending_since_s = time.monotonic()
         with (
             self._child.sending,
             contextlib.suppress(OSError),
         ):  # the reading thread sees the same end
-            connection.sendall(pack_frame(link.encode(message)))
+            connection.sendall(frame)
         self._sending_since_s = None
 
     def _tell_slots(self, slots: list[int], message: link.Message) -> None:

@@ -210,6 +210,19 @@ def test_what_waits_for_a_node_is_bounded(make, monkeypatch):
         handle._child.connection, handle._state = None, DOWN
 
 
+def test_what_cannot_be_said_costs_itself(make, caplog):
+    """A name that is no text, say: what comes after it is told all the same."""
+    done = link.FetchDone(2, [None], CHUNK_BYTES, 0.1, ["x"])
+    handle = make(f"{said(READY)} read {said(done)} linger")
+    handle.start()
+    handle.record(link.RequestRecord(request_id="\ud800", prompt_tokens=1, keys=[]))
+    handle.fetch(2, "r", [make_key("a")], [0], 20.0)
+    wait_for(lambda: not handle._jobs)
+    (finished,) = handle.take_finished()
+    assert finished.reasons == [None]
+    assert "kind=RequestRecord" in caplog.text
+
+
 def test_a_large_clear_is_told_in_pieces(make, monkeypatch):
     """A pool of millions of slots that is thrown away fits no single frame."""
     monkeypatch.setattr(handle_module, "MAX_SLOTS_PER_MESSAGE", 3)
