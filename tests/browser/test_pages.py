@@ -78,7 +78,7 @@ class TestContent:
             expect(page.locator(".km-figure").first).to_contain_text("kB")
             expect(page.locator(".km-graph")).to_contain_text("prod-1")
             expect(page.locator(".km-chart")).to_contain_text("could have been found")
-            expect(page.locator(".km-pill")).to_have_text("healthy")
+            expect(page.locator(".km-pill")).to_have_text("1 notice")
 
     def test_corrupt_chunks_are_shown(self, browser, cluster):
         """The fact stands on the instance's page, also when there are none."""

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 EXIT_NO: Final = 1
 """The command worked, and the answer is no: problems found, nothing held, an operation failed; or any other error."""
+EXIT_USAGE: Final = 2
+"""A wrong command line, as Typer ends by itself."""
 EXIT_UNREACHABLE: Final = 3
-"""No controller answered. (2 is a wrong command line.)"""
+"""No controller answered."""
 EXIT_REFUSED: Final = 4
 """The controller answered, and would not do it: unknown instance, missing or wrong cluster key."""
 
@@ -82,8 +84,10 @@ def open_api(
 
 def exit_status(error: Exception) -> int:
     """What the command ends with when this was raised."""
-    from kvmesh.errors import DirectoryRefusedError, DirectoryUnavailableError
+    from kvmesh.errors import ConfigError, DirectoryRefusedError, DirectoryUnavailableError
 
+    if isinstance(error, ConfigError) and any(problem.key.startswith("--") for problem in error.problems):
+        return EXIT_USAGE
     if isinstance(error, DirectoryUnavailableError):
         return EXIT_UNREACHABLE
     return EXIT_REFUSED if isinstance(error, DirectoryRefusedError) else EXIT_NO

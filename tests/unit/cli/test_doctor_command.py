@@ -6,7 +6,7 @@ import pytest
 
 from kvmesh.cli.shared import exit_status
 from kvmesh.config import load_config
-from kvmesh.errors import ApiRefusedError, ConfigError, DirectoryUnavailableError
+from kvmesh.errors import ApiRefusedError, ConfigError, ConfigProblem, DirectoryUnavailableError
 from support.fake_controller import instance
 
 
@@ -68,6 +68,8 @@ def test_refused_handshakes_are_read_from_the_metrics(run_json, controller):
     ("error", "status"),
     [
         (ConfigError([]), 1),
+        (ConfigError([ConfigProblem("peer_port", "a.yaml:1", "a port", "x")]), 1),
+        (ConfigError([ConfigProblem("--controller", "", "host and port", "foo")]), 2),
         (DirectoryUnavailableError("controller"), 3),
         (ApiRefusedError("controller", "no"), 4),
     ],

@@ -17,7 +17,7 @@ from kvmesh.controller.operation_bodies import OperationBody
 from kvmesh.controller.process import LineFormatter
 from kvmesh.controller.traffic import Route
 from kvmesh.controller.ui import units
-from kvmesh.controller.ui.attention import headline, notices_of
+from kvmesh.controller.ui.attention import badge, headline, notices_of
 from kvmesh.controller.ui.compatibility import CHANGES, differences_of, sentence
 from kvmesh.controller.ui.live import Moment
 from kvmesh.controller.ui.members import STATES, Member
@@ -113,6 +113,7 @@ class TestAttention:
         cluster.pass_time(1)
         moment = moment_of(cluster)
         assert list(notices_of(moment)) == []
+        assert badge([]) == ("healthy", "ok")
         assert headline(moment, []) == ("All 3 instances are up and can share", "ok")
         assert headline(moment_of(Cluster()), []) == ("No instance has joined yet", "idle")
 
@@ -126,6 +127,8 @@ class TestAttention:
             assert words in told
         assert "Turned away: 10.0.0.9" in told
         assert headline(moment_of(cluster), notices)[1] == "bad"
+        assert badge(notices) == (f"{len(notices)} notices", "bad"), "never healthy beside something that needs a look"
+        assert badge(notices[-1:]) == ("1 notice", "warn")
 
     def test_a_long_forgotten_refusal_is_not_shown(self, cluster):
         cluster.registry.refusals.add("10.0.0.9", "it has no cluster key", cluster.now_s - 3600)

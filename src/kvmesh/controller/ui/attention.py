@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kvmesh.controller.ui.compatibility import sentence
@@ -58,6 +58,13 @@ def headline(moment: Moment, notices: list[Notice]) -> tuple[str, str]:
     if number == 1:
         return "One instance is up; a second one is needed to share with", "ok"
     return f"All {count(number)} instances are up and can share", "ok"
+
+
+def badge(notices: Sequence[Notice]) -> tuple[str, str]:
+    """The same in a word or two, for the bar on top of every page, and its tone."""
+    if not notices:
+        return "healthy", "ok"
+    return some(len(notices), "notice"), "bad" if any(one.tone == "bad" for one in notices) else "warn"
 
 
 def notices_of(moment: Moment) -> Iterator[Notice]:

@@ -11,7 +11,7 @@ from nicegui.events import GenericEventArguments
 
 from kvmesh.controller.ui.live import Moment
 from kvmesh.controller.ui.panel import Panel, Value
-from kvmesh.controller.ui.units import duration, some
+from kvmesh.controller.ui.units import duration
 
 STYLE = Path(__file__).parent / "assets" / "style.css"
 PAGES = (
@@ -27,8 +27,8 @@ PAGES = (
 class TopBar(Panel, component="assets/kvmesh_topbar.js"):
     """Name, pages, health, theme."""
 
-    def update_moment(self, moment: Moment, path: str) -> None:
-        """Show this moment."""
+    def update_moment(self, moment: Moment, path: str, badge: tuple[str, str]) -> None:
+        """Show this moment. `badge` is how things are, in a word or two, and its tone."""
         health = moment.health
         counts = {
             "/instances": (len(moment.suspects) + len(moment.corrupt), "warn"),
@@ -38,16 +38,9 @@ class TopBar(Panel, component="assets/kvmesh_topbar.js"):
         for address, title in PAGES:
             number, tone = counts.get(address, (0, ""))
             pages.append({"path": address, "title": title, "count": number, "tone": tone})
-        tone = "bad" if health.problems else "ok"
         # In minutes, so that it is not sent every second.
         about = f"kvmesh {health.version}, up for {duration(max(60, health.uptime_s // 60 * 60))}"
-        self.show(
-            pages=pages,
-            path=path,
-            tone=tone,
-            health=some(len(health.problems), "problem") if health.problems else "healthy",
-            about=about,
-        )
+        self.show(pages=pages, path=path, health=badge[0], tone=badge[1], about=about)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from nicegui import Client, ui
 from kvmesh.controller.api import ENDPOINTS, Context
 from kvmesh.controller.paths import KnownPaths
 from kvmesh.controller.ui import compatibility, explain, instance, instances, operations, overview, traffic
+from kvmesh.controller.ui.attention import badge, notices_of
 from kvmesh.controller.ui.frame import PAGES, STYLE, frame
 from kvmesh.controller.ui.live import Live, Moment
 from kvmesh.controller.ui.open_pages import RECONNECT_S, OpenPages, Update
@@ -49,7 +50,7 @@ class Site:
             update_parts = build()
 
         def update(moment: Moment) -> None:
-            top.update_moment(moment, path)
+            top.update_moment(moment, path, badge(list(notices_of(moment))))
             update_parts(moment)
 
         self.pages.open(client, update)
