@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvmesh.bench.codec_links import LinkRow, measure_link
 from kvmesh.bench.codec_model import CODECS, ModelRow, measure_model
+from kvmesh.bench.output import result_console
 
 
 def run_codec(speeds_mbit_s: Sequence[float], repeats: int, prompts: int, model: Path | None, *, as_json: bool) -> int:
@@ -39,7 +40,7 @@ def run_codec(speeds_mbit_s: Sequence[float], repeats: int, prompts: int, model:
 
 
 def _show(links: Sequence[LinkRow], models: Sequence[ModelRow]) -> None:
-    out = Console()
+    out = result_console()
     if links:
         table = Table(title="A fetch over a link, seconds", title_justify="left")
         for heading in ("link, Mbit/s", "MiB", "raw", "lossless", "auto", "auto/raw"):

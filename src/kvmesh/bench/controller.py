@@ -25,6 +25,7 @@ from rich.table import Table
 
 from kvmesh.bench.browser import BrowserError, PageTimes, find_chromium, measure_page
 from kvmesh.bench.cluster import Controller, wait_healthy
+from kvmesh.bench.output import result_console
 from kvmesh.bench.swarm import Swarm, SwarmPlan, SwarmStatistics, percentile
 from kvmesh.bench.swarm_controller import ControllerLink, ControllerUrls
 from kvmesh.errors import StartupError
@@ -110,7 +111,7 @@ def run_controller_benchmark(plan: ControllerPlan, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     else:
-        show(result, Console())
+        show(result, result_console())
     return 0 if result.delays and not result.dropped_members else 1
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import Completion, Controller, Instance, complete, instance_config, metric, wait_healthy
+from kvmesh.bench.output import result_console
 from kvmesh.errors import KVMeshError
 from kvmesh.models import make_smollm2
 
@@ -59,7 +60,7 @@ def run_demo(*, once: bool, as_json: bool, model: Path | None, channel: str, log
             if as_json:
                 print(json.dumps(asdict(result), indent=2), flush=True)
             else:
-                Console().print(_table(result))
+                result_console().print(_table(result))
             if not once:
                 console.print(f"The controller's page: {result.controller_url}")
                 console.print(f"Configuration and logs: {folder}    Ctrl-C ends everything.")

@@ -15,6 +15,7 @@ from statistics import mean, median
 from rich.console import Console
 from rich.table import Table
 
+from kvmesh.bench.output import result_console
 from kvmesh.bench.rated_cluster import RatedCluster
 from kvmesh.bench.rated_engine import Ask, Mode
 
@@ -121,5 +122,5 @@ def _show(rows: Sequence[GateRow], requests: int) -> None:
             f"{row.fetched_share:.0%}",
             row.decision if row.is_kept else f"MORE THAN IT MAY. {row.decision}",
         )
-    out = Console()
+    out = result_console()
     (out if out.is_terminal else Console(width=200)).print(table)

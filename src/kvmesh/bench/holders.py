@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
+from kvmesh.bench.output import result_console
 from kvmesh.bench.rated_cluster import RatedCluster
 from kvmesh.bench.rated_engine import Ask
 
@@ -53,7 +53,7 @@ def run_holders(counts: Sequence[int], mbit_s: float, repeats: int, *, as_json: 
             f"{row.speedup:.2f}",
             f"{row.link_share:.0%}",
         )
-    Console().print(table)
+    result_console().print(table)
     return 0
 
 

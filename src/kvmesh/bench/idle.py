@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import Controller, wait_healthy
+from kvmesh.bench.output import result_console
 from kvmesh.bench.stand_in import StandInEngine, make_key
 from kvmesh.config import KVMeshConfig
 
@@ -59,7 +59,7 @@ def run_idle(seconds: float, channel: str, *, as_json: bool) -> int:
     for row in rows:
         table.add_row(row.process, f"{row.cpu_percent:.2f}", f"{row.memory_mb:.0f}")
     table.add_row("all", f"{total:.2f}", "")
-    Console().print(table)
+    result_console().print(table)
     return 0
 
 

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import HOST, Process, free_ports, tail
+from kvmesh.bench.output import result_console
 from kvmesh.bench.trace import BLOCK_TOKENS, TraceRun, outcome_record, outcome_table, replay
 from kvmesh.errors import StartupError
 
@@ -101,10 +102,10 @@ def run_router_benchmark(
         }
         typer.echo(json.dumps(told, indent=2))
         return 0
-    Console().print(_table(rows))
+    result_console().print(_table(rows))
     for run, group in zip(runs, outcomes, strict=True):
         title = f"{run.path.name} in a simulation (kvmesh bench trace)"
-        Console().print(outcome_table(title, group, BLOCK_TOKENS * run.kv_bytes_per_token))
+        result_console().print(outcome_table(title, group, BLOCK_TOKENS * run.kv_bytes_per_token))
     return 0
 
 

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvmesh.bench.output import result_console
 from kvmesh.bench.simulator import SIMULATED_POLICIES, Fleet, Outcome, SimRequest, Simulator
 from kvmesh.errors import StartupError
 
@@ -186,5 +187,5 @@ def run_trace(run: TraceRun, *, as_json: bool) -> int:
         f"{run.path.name}: {run.prefill_tokens_per_s:,.0f} prefill tokens/s, {run.link_gbit:g} Gbit/s, "
         f"{run.kv_bytes_per_token:,} KV bytes per token, speed {run.speed:g}"
     )
-    Console().print(outcome_table(title, outcomes, chunk_bytes))
+    result_console().print(outcome_table(title, outcomes, chunk_bytes))
     return 0

@@ -24,6 +24,7 @@ import httpx
 from rich.console import Console
 
 from kvmesh.bench.cluster import Instance, metric
+from kvmesh.bench.output import result_console
 from kvmesh.bench.simulator import Fleet, Outcome, SimRequest, Simulator
 from kvmesh.bench.streamed import Streamed, ask
 from kvmesh.bench.trace import BLOCK_TOKENS, outcome_record, outcome_table, read_trace
@@ -163,7 +164,7 @@ def run_trace_vllm(
             f"fast; vLLM on CPU, {rates.prefill_tokens_per_s:,.0f} prefill tokens/s, fetches at "
             f"{rates.fetch_bytes_per_s / 1e9:.2f} GB/s, {kv_bytes_per_token:,} KV bytes per token"
         )
-        out = Console()
+        out = result_console()
         (out if out.is_terminal else Console(width=200)).print(outcome_table(title, shown, chunk_bytes))
     return int(failed > 0)
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import Completion, Controller, Instance, complete, instance_config, metric, wait_healthy
+from kvmesh.bench.output import result_console
 from kvmesh.models import BENCH, THIN, TinyShape, make_tiny_llama
 
 CHUNK_TOKENS = 256
@@ -99,7 +100,7 @@ def run_ttft(lengths: Sequence[int], repeats: int, channel: str, shape: TinyShap
             )
         )
     else:
-        Console().print(_table(rows, channel))
+        result_console().print(_table(rows, channel))
     return 0 if all(row.identical and row.pulled_share > 0 for row in rows) else 1
 
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.cluster import HOST, Controller, instance_config, tail, wait_healthy
+from kvmesh.bench.output import result_console
 from kvmesh.bench.stand_in import StandInEngine, make_key
 from kvmesh.bench.streamed import percentile
 from kvmesh.bench.vllm_path_engine import EngineOptions, EngineTimes
@@ -217,8 +218,7 @@ def _record(plan: PathPlan, published: PublishTimes, engines: Mapping[str, Engin
 
 
 def _show(plan: PathPlan, published: PublishTimes, engines: Mapping[str, EngineTimes]) -> None:
-    out = Console()
-    out = out if out.is_terminal else Console(width=160)
+    out = result_console()
     steps = Table(
         title=f"Scheduler thread per step, µs: {plan.requests - 2} prompts of {plan.prompt_tokens} tokens, "
         f"{plan.output_tokens} tokens of answer, {plan.at_a_time} at a time",

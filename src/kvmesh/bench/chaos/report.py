@@ -10,14 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.bench.chaos.matrix import Result
+from kvmesh.bench.output import result_console
 
 progress = Console(stderr=True, highlight=False)
-
-
-def console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
-    out = Console()
-    return out if out.is_terminal else Console(width=200)
 
 
 def show_progress(number: int, count: int, result: Result) -> None:
@@ -62,7 +57,7 @@ def show_table(results: Sequence[Result]) -> None:
             told,
             style="red" if result.failures else None,
         )
-    out = console()
+    out = result_console()
     out.print(table)
     out.print(summary(results), highlight=False)
 

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from kvmesh.bench.chaos.cells import CELLS, TRANSPORTS, Cell
 from kvmesh.bench.chaos.matrix import Availability, Pace, Result, run_cell
-from kvmesh.bench.chaos.report import console, progress, show_progress
+from kvmesh.bench.chaos.report import progress, show_progress
 from kvmesh.bench.chaos.stage import Stage
+from kvmesh.bench.output import result_console
 from kvmesh.errors import KVMeshError
 
 PACE = Pace(before=5, during_s=2.0, during=4, after=5)
@@ -195,7 +196,7 @@ def _show(result: SoakResult) -> None:
             f"{then.descriptors} -> {now.descriptors}",
             f"{then.threads} -> {now.threads}",
         )
-    out = console()
+    out = result_console()
     out.print(table)
     out.print(
         f"{result.faults} faults; {result.sent} requests sent, {result.answered} answered, "
