@@ -1,4 +1,5 @@
-"""The answering side of the peer protocol (see `kvmesh.wire.peer`): serves our slots to other nodes.
+"""The answering side of the peer protocol (see `kvmesh.wire.peer`): ports, connections and greetings. What is answered
+then is in `peer_answers.py`.
 
 A thread per accepted connection, in blocking calls: what moves the bytes is the kernel, and a peer that is slow,
 stopped or malicious holds up nobody but itself. A slot is sent straight from the pool, without a lock: the ledger's
@@ -15,8 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.errors import (
@@ -27,95 +27,32 @@ from kvmesh.errors import (
     PeerProtocolError,
     PeerReadError,
     StartupError,
-    TransferError,
 )
 from kvmesh.logs import LogLimiter
-from kvmesh.node.chunk_sender import ChunkSender
+from kvmesh.node.peer_answers import FollowServing, NixlServing, OfferTaking, PeerAnswers, ShmServing
 from kvmesh.transfer.base import Deadline, Locate
 from kvmesh.transfer.coding import Coding
 from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import PeerStream
-from kvmesh.transfer.unix_stream import UnixStream
 from kvmesh.wire.auth import Role
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
     HELLO_LIMIT_BYTES,
     PROTOCOL_VERSION,
     UNAUTHENTICATED,
-    Follow,
-    Get,
-    Held,
     Hello,
-    Lookup,
-    Message,
     MessageError,
-    NixlAttach,
-    NixlMetadata,
-    Offer,
-    Ping,
-    Place,
-    Pong,
     Proof,
     Refused,
-    Resolve,
-    Resolved,
-    ShmAttach,
-    ShmAttached,
-    Validate,
-    Validated,
     decode_hello,
     decode_proof,
     decode_request,
     encode,
     format_differences,
-    pack_bits,
 )
 
 log = logging.getLogger(__name__)
-
-MAX_ATTACHED = 64
-"""Nodes of this host that share our memory; each holds a connection and a thread."""
-
-
-class NixlServing(Protocol):
-    """What the nixl transport needs on this side (see `kvmesh.transfer.nixl_holder`)."""
-
-    def describe(self) -> NixlMetadata:
-        """What a peer needs to read from us. Raises TransferError."""
-        ...
-
-    def addresses(self, slots: Sequence[int]) -> tuple[int, list[int]]:
-        """The serving number and the slots' addresses. Raises TransferError."""
-        ...
-
-
-class FollowServing(Protocol):
-    """What serving followers needs (see `kvmesh.node.peer_follow`)."""
-
-    def serve(self, stream: PeerStream, request: Follow, patience: Deadline, closing: threading.Event) -> None:
-        """Tell one follower everything until it leaves or `closing` is set. Raises KVMeshError."""
-        ...
-
-
-class OfferTaking(Protocol):
-    """What taking chunks over needs (see `kvmesh.node.drain`)."""
-
-    def take(self, offer: Offer) -> Message:
-        """Accepted or Refused; may take some seconds."""
-        ...
-
-
-class ShmServing(Protocol):
-    """What the shm transport needs on this side (see `kvmesh.transfer.shm_holder`)."""
-
-    def listen(self, peer_port: int) -> socket.socket:
-        """The socket for nodes of this host. Raises StartupError."""
-        ...
-
-    def describe(self) -> tuple[ShmAttached, Sequence[int]]:
-        """What a peer needs to read from us, and the descriptors that go with it."""
-        ...
 
 
 class PeerServerStatistics(NamedTuple):
@@ -186,20 +123,14 @@ class PeerServer:
             spare_idle_s: a connection that has asked something (or was opened) so recently keeps its place when all
                 are taken: its peer may be about to ask.
         """
-        self._pool = pool
-        self._ledger = ledger
-        self._locate = locate
+        self._chunk_bytes = pool.chunk_bytes
         self._ours = ours
-        self._nixl = nixl
         self._shm = shm
         self._security = security
-        self._following = following
-        self._offers = offers
         self._binds = [(host, port)] + ([(host, lookup_port)] if lookup_port is not None else [])
         self._max_connections = max_connections
         self._handshake_timeout_s = handshake_timeout_s
         self._patience = Deadline(math.inf, stall_timeout_s)  # no end as long as bytes flow
-        self._sender = ChunkSender(pool, ledger, locate, coding, self._patience)
         self._idle_timeout_s = idle_timeout_s
         self._spare_idle_s = spare_idle_s
         self._listeners: list[socket.socket] = []
@@ -212,6 +143,20 @@ class PeerServer:
         self._closing = threading.Event()
         self._counts = Counter[str]()
         self._limiter = LogLimiter()
+        self._answers = PeerAnswers(
+            pool,
+            ledger,
+            locate,
+            nixl=nixl,
+            shm=shm,
+            following=following,
+            offers=offers,
+            coding=coding,
+            patience=self._patience,
+            idle_timeout_s=idle_timeout_s,
+            closing=self._closing,
+            count=self._count,
+        )
 
     def start(self) -> None:
         """Bind and serve. Raises StartupError that names the port."""
@@ -247,7 +192,7 @@ class PeerServer:
                 connections=len(self._streams),
                 accepted=counts["accepted"],
                 served_chunks=counts["served"],
-                served_bytes=counts["served"] * self._pool.chunk_bytes,
+                served_bytes=counts["served"] * self._chunk_bytes,
                 stale=counts["stale"],
                 gone=counts["gone"],
                 refused=counts["refused"],
@@ -286,9 +231,9 @@ class PeerServer:
             try:
                 peer = "unix:shm" if sock.family == socket.AF_UNIX else f"{address[0]}:{address[1]}"
                 self._admit(self._security.accept(sock, peer))
-            except (OSError, RuntimeError) as error:  # already gone, or no thread to be had
+            except Exception as error:  # already gone, or no thread to be had; whatever it is, others are served
                 sock.close()
-                log.error("cannot serve peer %s: error=%s", address, error)
+                log.error("cannot serve peer %s: error=%r", address, error)
 
     def _admit(self, stream: PeerStream) -> None:
         """Give the connection a thread; when all places are taken, that of the one that has been idle longest.
@@ -413,95 +358,8 @@ class PeerServer:
                 payload = stream.receive_frame(self._patience, FRAME_LIMIT_BYTES)
             except PeerReadError as error:
                 raise PeerClosedError(stream.peer, found=error.found) from None  # reset between requests: it just left
-            request = decode_request(payload)
-            if isinstance(request, Get):
-                self._send_chunks(stream, request)
-            elif isinstance(request, Follow):
-                self._follow(stream, request)
+            if not self._answers.answer(stream, decode_request(payload)):
                 return
-            elif isinstance(request, ShmAttach) and self._shm is not None and isinstance(stream, UnixStream):
-                self._attach(stream, self._shm)
-            else:
-                stream.send_frame(encode(self._answer(request)), self._patience)
-
-    def _follow(self, stream: PeerStream, request: Follow) -> None:
-        if self._following is not None:
-            self._following.serve(stream, request, self._patience, self._closing)
-        else:
-            stream.send_frame(encode(Refused("unsupported", "nobody is followed here")), self._patience)
-
-    def _attach(self, stream: UnixStream, shm: ShmServing) -> None:
-        """Hand out our memory, and keep the connection open as long as it is read: its end tells that we are gone."""
-        with self._lock:
-            is_full = self._counts["attached"] >= MAX_ATTACHED
-            self._counts["attached"] += 1
-        try:
-            if is_full:
-                refusal = Refused("full", f"{MAX_ATTACHED} nodes share our memory already")
-                stream.send_frame(encode(refusal), self._patience)
-                return
-            attached, descriptors = shm.describe()
-            stream.send_frame_with(encode(attached), descriptors, self._patience)
-            while not stream.wait_readable(self._idle_timeout_s):
-                pass
-        finally:
-            self._count(attached=-1)
-
-    # -- answers -------------------------------------------------------------------------------------------------------
-
-    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach | Offer) -> Message:
-        if isinstance(request, Ping):
-            return Pong(request.nonce)
-        if isinstance(request, Lookup):
-            return Held(pack_bits([self._locate(key) is not None for key in request.keys]))
-        if isinstance(request, Validate):
-            return Validated([self._validate(asked.slot, asked.generation) for asked in request.slots])
-        if isinstance(request, ShmAttach):
-            return Refused("unsupported", "memory is shared over the unix socket of a node that offers shm")
-        if isinstance(request, Offer):
-            return (
-                Refused("unsupported", "nothing is taken over") if self._offers is None else self._offers.take(request)
-            )
-        if self._nixl is None:
-            return Refused("unsupported", "nixl is not offered here")
-        try:
-            return self._nixl.describe() if isinstance(request, NixlAttach) else self._resolve(self._nixl, request)
-        except TransferError as error:
-            log.error("cannot serve with nixl: %s", error)
-            return Refused("unsupported", str(error)[:1024])
-
-    def _send_chunks(self, stream: PeerStream, get: Get) -> None:
-        counts = Counter[str]()
-        try:
-            owed = self._sender.send(stream, get, counts)
-        finally:
-            self._count(**counts)
-        stream.send(owed, self._patience)
-
-    def _resolve(self, nixl: NixlServing, request: Resolve) -> Resolved:
-        found = [self._sender.find(key) for key in request.keys]
-        serving, addresses = nixl.addresses([located.slot for located in found if located is not None])
-        places: list[Place | None] = []
-        remaining = iter(addresses)
-        for located in found:
-            if located is None:
-                self._count(gone=1)
-                places.append(None)
-            else:
-                places.append(Place(next(remaining), self._pool.chunk_bytes, located.generation, located.slot))
-        return Resolved(serving, places)
-
-    def _validate(self, slot: int, generation: int) -> bytes:
-        """The checksum when the slot still holds what was resolved, otherwise empty."""
-        if slot >= self._ledger.slots:
-            raise MessageError(f"slot {slot} of a pool with {self._ledger.slots} slots")
-        is_readable = generation & 1 and self._ledger.is_current(slot, generation)
-        checksum = self._ledger.checksum(slot, generation) if is_readable else None
-        if checksum is None:
-            self._count(stale=1)
-            return b""
-        self._count(served=1)
-        return checksum
 
     # -- counters ------------------------------------------------------------------------------------------------------
 

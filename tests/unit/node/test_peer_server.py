@@ -17,6 +17,7 @@ from kvmesh.node.peer_server import PeerServer
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerLink, PeerTarget
 from kvmesh.transfer.pool import HostPool
+from kvmesh.transfer.security import PeerSecurity
 from kvmesh.transfer.tcp import TcpTransport
 from kvmesh.wire import peer
 from kvmesh.wire.framing import pack_frame
@@ -314,6 +315,24 @@ def test_another_version_of_the_protocol_is_closed(server):
 
 
 # -- life --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_cannot_be_taken_costs_itself(store, monkeypatch):
+    """Whatever it is that goes wrong with it: the port is served for whoever comes next."""
+    security, failures = PeerSecurity(), [ValueError("nobody foresaw this")]
+    accept = security.accept
+
+    def fail_once(sock, peer):
+        if failures:
+            raise failures.pop()
+        return accept(sock, peer)
+
+    monkeypatch.setattr(PeerSecurity, "accept", lambda self, sock, peer: fail_once(sock, peer))
+    with serving(store) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as first:
+            assert first.recv(1) == b""
+        with linked(server.port) as link:
+            link.ping(soon())
 
 
 def test_a_busy_port_is_named(server, store):

@@ -314,7 +314,7 @@ def test_fetches_from_many_threads_share_one_connection(store, pool):
 
 
 def test_more_nodes_than_may_share_are_refused(store, pool, monkeypatch):
-    monkeypatch.setattr("kvmesh.node.peer_server.MAX_ATTACHED", 1)
+    monkeypatch.setattr("kvmesh.node.peer_answers.MAX_ATTACHED", 1)
     with serving(store) as server, fetching(pool, target(server.port)) as first:
         assert first.warm_up(soon()) is None
         with fetching(pool, target(server.port)) as second:
