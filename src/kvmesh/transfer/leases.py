@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvmesh.core.reasons import MissReason
-from kvmesh.errors import PeerCancelledError, PeerTimeoutError
+from kvmesh.errors import PeerCancelledError, PeerConnectError, PeerTimeoutError
 from kvmesh.transfer.base import ChunkOutcome, Deadline, FetchItem, Progress
 
 
@@ -41,11 +41,32 @@ class Lease(Generic[_C]):
     """Made for this loan; otherwise it was idle, and the peer may have closed it without our knowing."""
 
 
+class _Dialling(Generic[_C]):
+    """A connection that is being made in a thread of its own, for somebody who waits for it or has left."""
+
+    def __init__(self) -> None:
+        self.connection: _C | None = None
+        self.error: BaseException | None = None
+        self.is_awaited = True
+
+    @property
+    def is_over(self) -> bool:
+        return self.connection is not None or self.error is not None
+
+
 class Leases(Generic[_C]):
     """Connections to one peer: at most `limit` open, at most `keep` of them idle. Thread-safe."""
 
-    def __init__(self, dial: Callable[[Deadline], _C], *, peer: str, keep: int, limit: int) -> None:
+    def __init__(
+        self, dial: Callable[[Deadline], _C], *, peer: str, keep: int, limit: int, longest_dial_s: float = 0.0
+    ) -> None:
+        """`longest_dial_s`: for connections that cannot be made within a deadline, nor be given up.
+
+        So long `dial` gets, in a thread of its own. Who waits for it leaves at its deadline, and what comes later is
+        for whoever is next.
+        """
         self._dial = dial
+        self._longest_dial_s = longest_dial_s
         self._peer = peer
         self._keep = keep
         self._limit = limit
@@ -53,6 +74,8 @@ class Leases(Generic[_C]):
         self._idle: list[_C] = []
         self._lent: list[_C] = []
         self._dialling = 0
+        self._coming = 0
+        """Those of them that nobody waits for any more: whoever is next waits for them instead of making another."""
         self._closed = False
         self.connects = 0
 
@@ -81,7 +104,7 @@ class Leases(Generic[_C]):
                         self._lent.append(connection)
                         return Lease(connection, is_fresh=False)
                     connection.close()
-                if len(self._lent) + self._dialling < self._limit:
+                if len(self._lent) + self._dialling < self._limit and not self._coming:
                     self._dialling += 1
                     break
                 if not wait:
@@ -89,6 +112,8 @@ class Leases(Generic[_C]):
                 remaining_s = max(0.0, deadline.at_s - time.monotonic())
                 if not self._changed.wait(min(remaining_s, threading.TIMEOUT_MAX)):
                     raise PeerTimeoutError(self._peer, expected="a free connection before the deadline")
+        if self._longest_dial_s:
+            return Lease(self._dial_aside(deadline), is_fresh=True)
         try:
             connection = self._dial(deadline)
         except BaseException:
@@ -105,6 +130,60 @@ class Leases(Generic[_C]):
             return Lease(connection, is_fresh=True)
         self.discard(connection)
         raise PeerCancelledError(self._peer, found="transport closed")
+
+    def _dial_aside(self, deadline: Deadline) -> _C:
+        dialling = _Dialling[_C]()
+        try:
+            threading.Thread(
+                target=self._dial_for, args=(dialling, deadline.stall_s), name=f"kvmesh-dial-{self._peer}", daemon=True
+            ).start()
+        except RuntimeError as error:
+            with self._changed:
+                self._dialling -= 1
+                self._changed.notify()
+            raise PeerConnectError(self._peer, expected="a thread to connect in", found=str(error)) from None
+        with self._changed:
+            while not (dialling.is_over or self._closed):
+                remaining_s = deadline.at_s - time.monotonic()
+                if remaining_s <= 0:
+                    break
+                self._changed.wait(min(remaining_s, threading.TIMEOUT_MAX))
+            if not dialling.is_over:
+                dialling.is_awaited = False
+                self._coming += 1
+        if dialling.error is not None:
+            raise dialling.error
+        if dialling.connection is not None:
+            return dialling.connection
+        if self._is_closed():
+            raise PeerCancelledError(self._peer, found="transport closed")
+        raise PeerTimeoutError(self._peer, expected="a connection before the deadline")
+
+    def _dial_for(self, dialling: _Dialling[_C], stall_s: float) -> None:
+        """In a thread of its own."""
+        try:
+            connection = self._dial(Deadline(time.monotonic() + self._longest_dial_s, stall_s))
+        except BaseException as error:
+            with self._changed:
+                self._dialling -= 1
+                self._coming -= not dialling.is_awaited
+                dialling.error = error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._dialling -= 1
+            self._coming -= not dialling.is_awaited
+            self.connects += 1
+            is_lent, keep = dialling.is_awaited and not self._closed, False
+            if is_lent:
+                self._lent.append(connection)
+                dialling.connection = connection
+            elif not self._closed and len(self._idle) < self._keep:
+                self._idle.append(connection)
+                keep = True
+            self._changed.notify_all()
+        if not is_lent and not keep:
+            connection.close()
 
     def give_back(self, connection: _C) -> None:
         """Return a connection that is in good order: nothing asked is unanswered."""

@@ -57,6 +57,8 @@ RUN_BYTES = 16 << 20
 RUNS_AHEAD = 2
 LANES_KEPT, MAX_LANES = 2, 4
 """Connections to one peer, each with an agent: for as many fetches at a time."""
+LONGEST_DIAL_S = 120.0
+"""For a connection and its agent: with RDMA it pins the pool, seconds for 100 GB, whatever the deadline of a fetch."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 1e-3
 """There is nothing to wait on, so we look, less and less often."""
 
@@ -186,7 +188,9 @@ class NixlTransport:
         self._backends = tuple(backends)
         self._verify = verify
         self._run_chunks = max(1, min(MAX_KEYS, RUN_BYTES // pool.chunk_bytes))
-        self._lanes = Leases(self._dial, peer=str(target), keep=LANES_KEPT, limit=max_lanes)
+        self._lanes = Leases(
+            self._dial, peer=str(target), keep=LANES_KEPT, limit=max_lanes, longest_dial_s=LONGEST_DIAL_S
+        )
         self._lock = threading.Lock()
         self._established = False
         self._fetched_chunks = 0

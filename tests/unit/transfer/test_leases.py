@@ -130,6 +130,64 @@ def test_a_connection_made_during_close_is_closed():
     assert leases.open == 0
 
 
+class SlowDial:
+    """Makes connections when it is let, whatever the deadline; counts them."""
+
+    def __init__(self):
+        self.may_go_on = threading.Event()
+        self.calls = 0
+
+    def __call__(self, deadline):
+        self.calls += 1
+        assert deadline.remaining_s() > 1, "it has time of its own"
+        assert self.may_go_on.wait(20)
+        return Connection()
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_who_waits_for_a_slow_dial_leaves_at_its_deadline(closes):
+    """The connection that comes too late is for the next one, who makes no other; after `close` it is for nobody."""
+    dial = SlowDial()
+    leases = Leases(dial, peer="p", keep=2, limit=2, longest_dial_s=20.0)
+    with pytest.raises(PeerTimeoutError):
+        leases.take(Deadline(time.monotonic() + 0.01, 1.0), wait=True)
+    assert leases.take(FOREVER, wait=False) is None
+    taken = []
+
+    def take():
+        try:
+            taken.append(leases.take(FOREVER, wait=True))
+        except PeerCancelledError as error:
+            taken.append(error)
+
+    waiting = threading.Thread(target=take)
+    waiting.start()
+    if closes:
+        leases.close()
+    dial.may_go_on.set()
+    waiting.join(20)
+    assert (dial.calls, isinstance(taken[0], PeerCancelledError)) == (1, closes)
+    if not closes:
+        assert not taken[0].is_fresh
+        leases.give_back(taken[0].connection)
+    assert leases.open == (0 if closes else 1)
+
+
+def test_a_slow_dial_that_is_waited_for_and_one_that_fails():
+    dial = SlowDial()
+    dial.may_go_on.set()
+    leases = Leases(dial, peer="p", keep=2, limit=2, longest_dial_s=20.0)
+    assert leases.take(FOREVER, wait=True).is_fresh
+
+    def fail(_):
+        raise PeerConnectError("p")
+
+    leases = Leases(fail, peer="p", keep=2, limit=1, longest_dial_s=20.0)
+    for _ in range(3):
+        with pytest.raises(PeerConnectError):
+            leases.take(FOREVER, wait=True)
+
+
 def test_a_book_hands_out_runs_in_prefix_order_until_its_end():
     book = FetchBook(items(5), None)
     assert [book.take(2), book.take(2)] == [range(2), range(2, 4)]
