@@ -321,6 +321,8 @@ class NodeHandle:
                     if self._closing.is_set():
                         return
                     log.error("node could not be started again: %s; next try in %.1f s", error, delay_s)
+                    # Somebody may have its port by now: where any free one will do, the next try takes another.
+                    self._start = msgspec.structs.replace(self._start, peer_port=0)
                     continue
                 self.restarts += 1
                 break

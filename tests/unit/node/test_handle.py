@@ -163,6 +163,27 @@ def test_closing_while_a_node_is_being_started_leaves_none_behind(make, monkeypa
     assert not handle.state.alive
 
 
+def test_a_node_that_cannot_have_its_port_back_takes_another(make, monkeypatch):
+    """Somebody's connection may have got the very port in the moment in between, for minutes."""
+    monkeypatch.setattr(handle_module, "FIRST_RESTART_DELAY_S", 0.0)
+    handle = make(f"{said(READY)} linger")
+    handle.start()
+    asked = []
+    launch = handle._child.launch
+
+    def note(start):
+        asked.append(start.peer_port)
+        if len(asked) > 1:
+            handle.script = f"{said(READY)} linger"
+        return launch(start)
+
+    monkeypatch.setattr(handle._child, "launch", note)
+    handle.script = f"{said(link.Failed('port 7 is taken'))} linger"
+    os.kill(handle.pid, signal.SIGKILL)
+    wait_for(lambda: handle.restarts == 1)
+    assert asked == [READY.peer_port, 0]
+
+
 def test_closing_leaves_no_descriptor(make):
     before = psutil.Process().num_fds()
     handle = make(f"{said(READY)} linger")
