@@ -23,7 +23,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str
     """The model as the engine names it; the last path component for a local folder."""
     model_weights: str
-    """Digest of config, weight headers and sampled weight bytes (see `kvmesh.vllm.weights`)."""
+    """Digest of config, weight headers and sampled weight bytes, and the engine's options that change what these say
+    (see `kvmesh.vllm.fingerprint`).
+    """
     kv_dtype: str
     kv_layout: str
     """The engine's name for the order of layers, heads and tokens in a block, with its version."""

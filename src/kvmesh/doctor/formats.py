@@ -13,8 +13,8 @@ from kvmesh.units import listed
 
 ADVICE: Mapping[str, str] = MappingProxyType(
     {
-        "model_weights": "these are two models under one name: serve the same files (revision, quantisation) "
-        "everywhere, or give them different names",
+        "model_weights": "these are two models under one name: serve the same files (revision, quantisation) with "
+        "the same --hf-overrides everywhere, or give them different names",
         "kv_dtype": "start all with the same --dtype and --kv-cache-dtype",
         "kv_layout": "run the same vLLM version and attention backend everywhere",
         "block_tokens": "start all with the same --block-size",

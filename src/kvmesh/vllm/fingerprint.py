@@ -8,10 +8,11 @@ start-up only.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -49,7 +50,7 @@ def model_facts(vllm_config: VllmConfig) -> ModelFacts:
     local = Path(model.model)
     return ModelFacts(
         model_name=local.resolve().name if local.is_dir() else str(model.model),
-        model_weights=_weights_digest(vllm_config),
+        model_weights=_weights_digest(vllm_config) + _options(model),
         model_dtype=str(model.dtype).removeprefix("torch."),
         hash_algorithm=algorithm,
         # With PYTHONHASHSEED set, vLLM seeds the first block hash with it; without, the seed is fixed.
@@ -152,6 +153,38 @@ def _weights_digest(vllm_config: VllmConfig) -> str:
         )
         return f"by name only, revision {model.revision or 'default'}"
     return weights_digest(folder)
+
+
+def _options(model: Any) -> str:
+    """What the engine's options make of the model's files: equal weights with another rotary embedding, another
+    configuration or quantized while they are loaded make KV that is not interchangeable.
+    """
+    found = []
+    overrides = getattr(model, "hf_overrides", None)
+    if callable(overrides):
+        found.append(f"hf_overrides {getattr(overrides, '__module__', '')}.{getattr(overrides, '__qualname__', '')}")
+    elif overrides:
+        found.append(f"hf_overrides {_config_digest(json.dumps(overrides, sort_keys=True, default=str))}")
+    if path := getattr(model, "hf_config_path", None):
+        found.append(f"hf_config_path {Path(str(path)).name}")
+    quantization = getattr(model, "quantization", None)
+    if quantization and not getattr(getattr(model, "hf_config", None), "quantization_config", None):
+        found.append(f"quantization {quantization}")
+    if _has_long_rope(model):
+        found.append("long rotary embedding (max_model_len)")
+    return "".join(f", {one}" for one in found)
+
+
+def _has_long_rope(model: Any) -> bool:
+    """Models with longrope have two sets of factors, and vLLM takes the long one when max_model_len asks for it."""
+    config = getattr(model, "hf_text_config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "longrope":
+        return False
+    original = rope.get("original_max_position_embeddings")
+    original = original or getattr(config, "original_max_position_embeddings", None)
+    longest = getattr(model, "max_model_len", None)
+    return isinstance(original, int) and isinstance(longest, int) and longest > original
 
 
 def _config_digest(text: str) -> str:

@@ -131,6 +131,58 @@ def test_a_model_that_is_not_here_goes_by_name_and_revision(monkeypatch):
     assert model_facts(config)["model_weights"] == "by name only, revision abc"
 
 
+def _other_config(hf_config: object) -> object:
+    return hf_config
+
+
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}, "hf_overrides"),
+        ({"hf_overrides": _other_config}, "_other_config"),
+        ({"hf_config_path": "/models/another"}, "hf_config_path another"),
+        ({"quantization": "fp8"}, "quantization fp8"),
+        ({"hf_text_config": SimpleNamespace(rope_parameters=LONGROPE), "max_model_len": 8192}, "long rotary"),
+    ],
+)
+def test_options_that_change_what_the_files_say_count(model, options, told):
+    """Equal files with another rotary embedding make other KV: text of one instance must not reach the other."""
+    config = make_vllm_config()
+    config.model_config.model = str(model)
+    config.load_config.load_format = "auto"
+    plain = model_facts(config)
+    for name, value in options.items():
+        setattr(config.model_config, name, value)
+    facts = model_facts(config)
+    assert told in facts["model_weights"]
+    (difference,) = differences(
+        *(make_format(one, make_offloading_config(), chunk_bytes=4096) for one in (plain, facts))
+    )
+    assert difference.field == "model_weights"
+    assert model_facts(config) == facts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hf_overrides": {}, "quantization": None, "hf_config_path": None},
+        {"quantization": "gptq_marlin", "hf_config": SimpleNamespace(quantization_config={"bits": 4})},
+        {"hf_text_config": SimpleNamespace(rope_scaling=LONGROPE), "max_model_len": 4096},
+    ],
+)
+def test_options_that_change_nothing_do_not_keep_instances_apart(model, options):
+    """Such as the name of the kernel for weights that are quantized in their files."""
+    config = make_vllm_config()
+    config.model_config.model = str(model)
+    config.load_config.load_format = "auto"
+    for name, value in options.items():
+        setattr(config.model_config, name, value)
+    assert model_facts(config)["model_weights"] == weights_digest(model)
+
+
 def test_the_format_says_what_the_bytes_depend_on():
     made = make_format(FACTS, make_offloading_config(), chunk_bytes=4096)
     assert made.model_name == "tiny"

@@ -15,7 +15,7 @@ from kvmesh.controller.ui.units import count, listed, some
 
 CHANGES = {
     "model_name": "Another model: nothing to share.",
-    "model_weights": "Serve the same revision of the model, with the same weight files.",
+    "model_weights": "Serve the same revision of the model, with the same weight files and options (hf_overrides).",
     "kv_dtype": "Start both engines with the same --kv-cache-dtype and --dtype.",
     "kv_layout": "Run the same version of the engine, with the same attention backend.",
     "block_tokens": "Start both engines with the same --block-size.",
