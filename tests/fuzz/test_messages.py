@@ -63,6 +63,7 @@ DIRECTORY = [
         directory.Refused("duplicate_instance", "taken"),
         directory.HeartbeatAck("0" * 16, known=True),
         directory.MemberUp(make_member("b")),
+        directory.MembersUp([make_member("b"), make_member("c")]),
         directory.MemberDown(*WHO, "left"),
         directory.Resync(*WHO),
         directory.Ask(*WHO, "1" * 16, control.encode_question(control.Ping()), 5.0),

@@ -237,6 +237,10 @@ class Node:
             self.received_bytes += len(frame)
         if isinstance(notice, wire.MemberUp):
             self.replica.member_up(notice.member.instance_id, notice.member.incarnation)
+        elif isinstance(notice, wire.MembersUp):
+            for member in notice.members:
+                if member.instance_id != self.member.instance_id:
+                    self.replica.member_up(member.instance_id, member.incarnation)
         elif isinstance(notice, wire.MemberDown):
             self.replica.member_down(notice.instance_id, notice.incarnation)
         elif isinstance(notice, wire.Changes | wire.Batch):

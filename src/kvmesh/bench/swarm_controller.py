@@ -44,6 +44,9 @@ class _Session:
     registration: int = 0
     received_bytes: int = 0
     is_joined: bool = False
+    """Has been a member before."""
+    is_registered: bool = False
+    """The controller's answer to Register has come, and it has not said since that it does not know us."""
     sequences: dict[str, int] = field(default_factory=dict)
     """Of others, as heard; witnesses only."""
 
@@ -67,7 +70,7 @@ class ControllerLink:
         instance.session = session
         self._sessions[dealer] = session
         self._poller.register(dealer, zmq.POLLIN)
-        dealer.send(wire.encode(wire.Register(instance.member, asks=self._urls.asks)))
+        self._register(session)
 
     def publish(self, instance: SimulatedInstance, added: bytes, removed: bytes) -> None:
         session = instance.session
@@ -80,6 +83,9 @@ class ControllerLink:
     def beat(self, instance: SimulatedInstance) -> None:
         session = instance.session
         assert isinstance(session, _Session)
+        if not session.is_registered:
+            self._register(session)
+            return
         member = instance.member
         statistics = wire.NodeStatistics(published_chunks=len(instance.inventory))
         beat = wire.Heartbeat(
@@ -139,15 +145,20 @@ class ControllerLink:
             session.sequences[notice.instance_id] = notice.sequence
         elif isinstance(notice, wire.Registered):
             self._registered(session, notice)
-        elif isinstance(notice, wire.HeartbeatAck) and not notice.known:
-            session.dealer.send(wire.encode(wire.Register(session.instance.member, asks=self._urls.asks)))
+        elif isinstance(notice, wire.HeartbeatAck) and not notice.known and session.is_registered:
+            self._register(session)
         elif isinstance(notice, wire.Resync):
             self.statistics.resyncs += 1
             self._upload(session)
         elif isinstance(notice, wire.Refused):
             self.statistics.refused += 1
 
+    def _register(self, session: _Session) -> None:
+        session.is_registered = False
+        self._send(session.dealer, wire.encode(wire.Register(session.instance.member, asks=self._urls.asks)))
+
     def _registered(self, session: _Session, notice: wire.Registered) -> None:
+        session.is_registered = True
         session.registration, session.received_bytes = notice.registration, 0
         session.sequences.clear()
         if not session.is_joined:

@@ -18,6 +18,10 @@ MOST_PATIENT = 32
 """As many for a member that was called lost again and again: what it is sent may be late, not lost, and sending all of
 it once more would make it later still.
 """
+ANSWER_HEARTBEATS = 8
+"""So many heartbeat intervals may the answer to a Register be on its way, behind what else waits there. It cannot be lost
+but with its connection, so this is for what we have not thought of.
+"""
 
 
 class Downstream:
@@ -27,6 +31,7 @@ class Downstream:
         "_blocked_until_s",
         "_due_bytes",
         "_patience",
+        "_since_s",
         "_stalled",
         "counted",
         "lost",
@@ -35,9 +40,15 @@ class Downstream:
         "sent_bytes",
     )
 
-    def __init__(self, registration: int, patience: int = STALLED_HEARTBEATS) -> None:
-        """`patience` is the number of heartbeats without progress after which notices count as lost."""
+    def __init__(self, registration: int, since_s: float, patience: int = STALLED_HEARTBEATS) -> None:
+        """
+        Args:
+            registration: its number.
+            since_s: when it was made.
+            patience: the number of heartbeats without progress after which notices count as lost.
+        """
         self.registration = registration
+        self._since_s = since_s
         self._patience = patience
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -78,6 +89,11 @@ class Downstream:
         self._due_bytes = self.sent_bytes
         if self._stalled >= self._patience:
             self.lost = True
+
+    def awaits_answer(self, now_s: float, heartbeat_interval_s: float) -> bool:
+        """Whether our Registered may still be under way, so that a member that asks for it again merely asks twice."""
+        is_recent = now_s - self._since_s < ANSWER_HEARTBEATS * heartbeat_interval_s
+        return is_recent and not self.lost and not self.counted
 
     def next_patience(self) -> int:
         """That of the member's next registration."""

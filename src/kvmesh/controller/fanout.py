@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from kvmesh.controller.instances import Counters, FormatGroup, Instance, Send
+from kvmesh.controller.instances import Counters, FormatGroup, Instance, Send, address
+from kvmesh.controller.newcomers import Newcomers
 from kvmesh.wire import directory as wire
 
 RESYNC_INTERVALS = 2.5
@@ -47,6 +48,7 @@ class Fanout:
         self,
         instances: Mapping[str, Instance],
         groups: Mapping[str, FormatGroup],
+        newcomers: Newcomers,
         counters: Counters,
         upload_timeout_s: float,
     ) -> None:
@@ -54,11 +56,13 @@ class Fanout:
         Args:
             instances: the members, by id; the registry's own, read here.
             groups: the same by format.
+            newcomers: those of them who go out with the next flush, before what they hold.
             counters: counts what happens.
             upload_timeout_s: a publisher whose Snapshot comes in parts is waited for so long between two of them.
         """
         self._instances = instances
         self._groups = groups
+        self._newcomers = newcomers
         self._counters = counters
         self._upload_timeout_s = upload_timeout_s
         self._owed: dict[str, set[str]] = {}
@@ -106,12 +110,12 @@ class Fanout:
 
     def has_held(self) -> bool:
         """Whether a flush has something to do."""
-        return bool(self._held)
+        return bool(self._held or self._newcomers)
 
     def flush(self, now_s: float) -> list[Send]:
-        """Everything that is held, to everybody that follows it."""
+        """Everything that is held: newcomers to everybody, then Changes to everybody that follows them."""
         held, self._held, self._held_keys = self._held, {}, 0
-        sends: list[Send] = []
+        sends = self._newcomers.tell()
         for format_id, changes in held.items():
             group = self._groups.get(format_id)
             if group is not None:
@@ -153,10 +157,12 @@ class Fanout:
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
     def forward_part(self, publisher: Instance, part: wire.Snapshot, frame: bytes, now_s: float) -> list[Send]:
-        """A part of a publisher's Snapshot as it comes in. Whoever waits for one gets it from its first part on."""
-        sends = self.flush(now_s)
+        """A part of a publisher's Snapshot as it comes in. Whoever waits for one gets it from its first part on.
+
+        That of a newcomer waits for the flush that tells of it, and then goes to all that are owed it at once.
+        """
         owed = self._owed[publisher.instance_id]
-        if part.first:
+        if part.first and publisher.instance_id not in self._newcomers:
             owed -= {other for other in owed if self._instances[other].downstream.open(now_s)}
         receivers = []
         for instance_id, other in publisher.group.members.items():
@@ -167,9 +173,7 @@ class Fanout:
             else:
                 owed.add(instance_id)
                 self._counters.held_back += 1
-        if receivers:
-            sends.append(address(part, frame, receivers))
-        return sends
+        return [*self.flush(now_s), address(part, frame, receivers)] if receivers else []
 
     def snapshots_owed(self) -> int:
         """Pairs of publisher and receiver that wait for a Snapshot."""
@@ -178,7 +182,7 @@ class Fanout:
     def next_snapshot(self, now_s: float) -> list[Send]:
         """One publisher's whole inventory for all who are owed it and can take it; nothing when there is no such."""
         for publisher_id, owed in self._owed.items():
-            if not owed:
+            if not owed or publisher_id in self._newcomers:
                 continue
             publisher = self._instances[publisher_id]
             sequence = publisher.group.replica.sequence(publisher_id)
@@ -212,14 +216,6 @@ class Fanout:
     def _is_uploading(self, publisher: Instance, now_s: float) -> bool:
         since_s = publisher.upload_part_at_s
         return since_s is not None and now_s - since_s < self._upload_timeout_s
-
-
-def address(notice: wire.Notice, frame: bytes, receivers: Sequence[Instance]) -> Send:
-    """One frame to these, counted as under way to each."""
-    size_bytes = len(frame)
-    for instance in receivers:
-        instance.downstream.sent_bytes += size_bytes
-    return Send(tuple(instance.peer for instance in receivers), notice, frame)
 
 
 def _send(batch: Sequence[Held], receivers: Sequence[Instance]) -> Send:

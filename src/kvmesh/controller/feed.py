@@ -31,11 +31,15 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOT_PAUSE_S = 0.02
 """Requests for snapshots gather for so long, so that members that come together share one encoding."""
+LONGEST_GATHERING_S = 1.0
+"""And on until all that waits to be read has been read, but no longer than this: who comes meanwhile shares it, too."""
 FLUSH_PAUSE = 9.0
 """After Changes were sent on, others follow no sooner than so many times the CPU time that it took: a tenth of a core,
 and the more there is to send, the more goes into each frame. ZMQ's own thread has several times as much to do with a
 frame as we have (a system call, and on one machine the receiver's side of it).
 """
+NEWCOMERS_PAUSE = 36.0
+"""The same after newcomers were told: they come in crowds, as after a restart of ours, and each frame goes to everybody."""
 LONGEST_PAUSE_S = 0.25
 """But no later than this."""
 BEHIND_PAUSE_S = 0.2
@@ -74,12 +78,16 @@ class Feed:
         if sockets.heartbeat is not None:
             self._routers["heartbeat"] = sockets.heartbeat
         self._intakes = {
-            name: Intake(router, lambda frames, name=name: self._guard(name, frames))  # type: ignore[misc]
+            name: Intake(
+                router,
+                lambda frames, name=name: self._guard(name, frames),  # type: ignore[misc]
+                self._send_held,
+            )
             for name, router in self._routers.items()
         }
         self._admission = Admission(sockets, clock, registry.refusals)
         self.asks = Asks(registry, self._send_ask)
-        self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames), self._after_events)
+        self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames), self._send_held)
         self._flush_due_s = 0.0
         self._flush_timer: asyncio.TimerHandle | None = None
         self._owed = asyncio.Event()
@@ -168,7 +176,7 @@ class Feed:
         if isinstance(event, wire.Snapshot) and event.last:
             self._owed.set()
 
-    def _after_events(self, is_empty: bool) -> None:
+    def _send_held(self, is_empty: bool) -> None:
         """Send on what the members have told, now or when it is time. `is_empty`: nothing more waits to be read."""
         if self._flush_timer is not None or not self._registry.has_held():
             return
@@ -181,12 +189,17 @@ class Feed:
     def _flush(self) -> None:
         self._flush_timer = None
         now_s, spent_s = self._clock(), time.thread_time()
+        pause = FLUSH_PAUSE
         try:
-            self.send(self._registry.flush(now_s), now_s)
+            sends = self._registry.flush(now_s)
+            if any(isinstance(send.message, (wire.MemberUp, wire.MembersUp)) for send in sends):
+                pause = NEWCOMERS_PAUSE
+                self._owed.set()  # their inventories have waited for this
+            self.send(sends, now_s)
         except Exception as error:  # a bug of ours costs these changes, and members that miss them ask for snapshots
             self._handler_errors += 1
             self._complain("handler_error", "pull", [], error)
-        self._flush_due_s = self._clock() + min(LONGEST_PAUSE_S, FLUSH_PAUSE * (time.thread_time() - spent_s))
+        self._flush_due_s = self._clock() + min(LONGEST_PAUSE_S, pause * (time.thread_time() - spent_s))
 
     def _complain(self, event: str, socket: str, frames: list[zmq.Frame], error: Exception) -> None:
         address = _address(frames)
@@ -265,15 +278,27 @@ class Feed:
 
     def _behind_s(self) -> float:
         """How old what waits in our sockets may be: nobody is silent whose words we have not read yet."""
+        return max(0.0, time.monotonic() - self._emptied_at_s())
+
+    def _emptied_at_s(self) -> float:
+        """Up to when everything that had come was read, by the time of the monotonic clock."""
         intakes = [*self._intakes.values(), self._pull]
         for intake in intakes:
             intake.wake()  # an empty socket says so on its next turn
-        return max(0.0, time.monotonic() - min(intake.emptied_at_s for intake in intakes))
+        return min(intake.emptied_at_s for intake in intakes)
+
+    async def _gather(self) -> None:
+        """Let requests for snapshots come in."""
+        since_s = time.monotonic()
+        while time.monotonic() - since_s < LONGEST_GATHERING_S:
+            await asyncio.sleep(SNAPSHOT_PAUSE_S)
+            if self._emptied_at_s() > since_s:
+                return
 
     async def _send_owed(self) -> None:
         while True:
             await self._owed.wait()
-            await asyncio.sleep(SNAPSHOT_PAUSE_S)
+            await self._gather()
             self._owed.clear()
             while sends := self._registry.next_snapshot(self._clock()):
                 self.send(sends, self._clock())

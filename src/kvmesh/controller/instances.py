@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,14 @@ class Send(NamedTuple):
     to: tuple[Peer, ...]
     message: Notice
     frame: bytes
+
+
+def address(notice: Notice, frame: bytes, receivers: Sequence[Instance]) -> Send:
+    """One frame to these, counted as under way to each."""
+    size_bytes = len(frame)
+    for instance in receivers:
+        instance.downstream.sent_bytes += size_bytes
+    return Send(tuple(instance.peer for instance in receivers), notice, frame)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +106,8 @@ class Counters:
     """What the registry has seen since its start."""
 
     registrations: int = 0
+    repeated: int = 0
+    """Registers that came again while the answer was under way."""
     refused: int = 0
     timeouts: int = 0
     resyncs: int = 0

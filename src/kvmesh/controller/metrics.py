@@ -124,6 +124,7 @@ class ControllerMetrics(Collector):
     def _registry_counters(self) -> Iterator[Metric]:
         counters = self._registry.counters
         yield _counter("registrations", "Registrations accepted.", counters.registrations)
+        yield _counter("registrations_repeated", "Registrations asked for twice, answered once.", counters.repeated)
         yield _counter("registrations_refused", "Registrations refused.", counters.refused)
         yield _counter("instance_timeouts", "Members dropped because they fell silent.", counters.timeouts)
         yield _counter("resyncs", "Snapshots asked for after a gap.", counters.resyncs)

@@ -1,7 +1,7 @@
 """Who is a member, who holds what, and who is told: a state machine without I/O.
 
     request or event + now -> [Send, ...]        on_request, on_event
-    Changes that are held  -> [Send, ...]        flush
+    what is held           -> [Send, ...]        flush
     time passes            -> [Send, ...]        tick
     a send failed          -> state              on_send_failed
     what is still owed     -> [Send, ...]        next_snapshot, until it returns nothing
@@ -22,7 +22,7 @@ from itertools import count
 
 from kvmesh.controller.activity import Activity
 from kvmesh.controller.downstream import STALLED_HEARTBEATS, Downstream
-from kvmesh.controller.fanout import RESYNC_INTERVALS, Fanout, address
+from kvmesh.controller.fanout import RESYNC_INTERVALS, Fanout
 from kvmesh.controller.formats import IncompatibilityLog
 from kvmesh.controller.hit_rates import HitRates
 from kvmesh.controller.instances import (
@@ -34,8 +34,10 @@ from kvmesh.controller.instances import (
     Peer,
     Send,
     State,
+    address,
 )
 from kvmesh.controller.log import LogLimiter, log
+from kvmesh.controller.newcomers import Newcomers
 from kvmesh.controller.refusals import Refusals
 from kvmesh.wire import directory as wire
 
@@ -76,7 +78,9 @@ class Registry:
         self.refusals = Refusals()
         self.hit_rates = HitRates()
         self.counters = Counters()
-        self._fanout = Fanout(self.instances, self.groups, self.counters, RESYNC_INTERVALS * heartbeat_interval_s)
+        self._newcomers = Newcomers(self.instances)
+        upload_timeout_s = RESYNC_INTERVALS * heartbeat_interval_s
+        self._fanout = Fanout(self.instances, self.groups, self._newcomers, self.counters, upload_timeout_s)
         self._registrations = count(1)
         self._warned = IncompatibilityLog()
         self._limiter = LogLimiter()
@@ -148,7 +152,18 @@ class Registry:
             return self._refuse("connection_in_use", text, member, peer, now_s)
         if known is None and len(self.instances) >= MAX_INSTANCES:
             return self._refuse("too_many_instances", f"the limit is {MAX_INSTANCES} instances", member, peer, now_s)
+        if known is not None and self._is_repeat(known, request, peer, now_s):
+            self.counters.repeated += 1
+            return []
         return sends + self._admit(known, member, peer, now_s, asks=request.asks)
+
+    def _is_repeat(self, known: Instance, request: wire.Register, peer: Peer, now_s: float) -> bool:
+        """Whether this was asked for over the same connection, and the answer is still on its way there.
+
+        Who joins again and again while we are behind would be sent everything again and again, and keep us behind.
+        """
+        is_same = (known.member, known.peer, known.asks) == (request.member, peer, request.asks)
+        return is_same and known.downstream.awaits_answer(now_s, self.heartbeat_interval_s)
 
     def _admit(
         self, known: Instance | None, member: wire.Member, peer: Peer, now_s: float, *, asks: bool
@@ -156,7 +171,7 @@ class Registry:
         self.counters.registrations += 1
         self.departed.pop((member.instance_id, member.incarnation), None)
         patience = STALLED_HEARTBEATS if known is None else known.downstream.next_patience()
-        downstream = Downstream(next(self._registrations), patience)
+        downstream = Downstream(next(self._registrations), now_s, patience)
         changed = known is None or known.member != member
         if known is None:
             known = self._add(member, peer, downstream, now_s)
@@ -174,8 +189,9 @@ class Registry:
             [other.member for other in others],
             downstream.registration,
         )
-        sends = [Send((peer,), answer, wire.encode(answer))]
-        return sends + self._broadcast(wire.MemberUp(member), others) if changed else sends
+        if changed:
+            self._newcomers.hold(member.instance_id)
+        return [Send((peer,), answer, wire.encode(answer))]
 
     def _add(self, member: wire.Member, peer: Peer, downstream: Downstream, now_s: float) -> Instance:
         format_id = member.format.format_id()
@@ -221,18 +237,20 @@ class Registry:
             return [Send((peer,), wire.HeartbeatAck(self.incarnation, known=False), self._ack_unknown)]
         instance.statistics = heartbeat.statistics
         instance.rates.note(heartbeat.statistics, now_s)
-        if not self._reachable(instance, heartbeat, peer):
+        if not self._reachable(instance, heartbeat, peer, now_s):
             return [Send((peer,), wire.HeartbeatAck(self.incarnation, known=False), self._ack_unknown)]
         sends = [Send((peer,), wire.HeartbeatAck(self.incarnation, known=True), self._ack_known)]
         return sends + self._check_sequence(instance, heartbeat.sequence, now_s)
 
-    def _reachable(self, instance: Instance, heartbeat: wire.Heartbeat, peer: Peer) -> bool:
+    def _reachable(self, instance: Instance, heartbeat: wire.Heartbeat, peer: Peer, now_s: float) -> bool:
         """Whether the member still gets what we send. If not, it has to register again."""
         downstream = instance.downstream
         if instance.peer.socket == peer.socket and instance.peer != peer:
             downstream.lost = True  # a new connection: what was under way on the old one is gone
         was_lost = downstream.lost
-        downstream.acknowledge(heartbeat.registration, heartbeat.received_bytes)
+        is_older = heartbeat.registration != downstream.registration  # sent before our Registered came, if it came
+        if not is_older or not downstream.awaits_answer(now_s, self.heartbeat_interval_s):
+            downstream.acknowledge(heartbeat.registration, heartbeat.received_bytes)
         if downstream.lost and not was_lost:
             log(
                 logger,
@@ -343,11 +361,11 @@ class Registry:
     # -- what is held and owed -----------------------------------------------------------------------------------------
 
     def has_held(self) -> bool:
-        """Whether Changes wait for a flush."""
+        """Whether Changes or newcomers wait for a flush."""
         return self._fanout.has_held()
 
     def flush(self, now_s: float) -> list[Send]:
-        """Send on the Changes that have come since the last flush."""
+        """Tell of the newcomers and send on the Changes that have come since the last flush."""
         return self._fanout.flush(now_s)
 
     def snapshots_owed(self) -> int:
@@ -446,6 +464,7 @@ class Registry:
         if not group.members:
             del self.groups[group.format_id]
         self._fanout.remove(instance_id, group)
+        self._newcomers.forget(instance_id)
         self.departed[instance_id, instance.incarnation] = Departed(instance.member, reason, now_s)
         self.hit_rates.forget(instance_id)
         for listener in self.on_removed:

@@ -257,6 +257,9 @@ class ControllerClient:
                     self._register_again()
             case wire.MemberUp():
                 self._member_up(notice.member)
+            case wire.MembersUp():
+                for member in notice.members:
+                    self._member_up(member)
             case wire.MemberDown():
                 if self._members.get(notice.instance_id) == notice.incarnation:
                     self._member_down(notice.instance_id, notice.reason)

@@ -22,7 +22,7 @@ Life of a node
      |<-------------- Changes(of others) ----|  forwarded as they came: sequence numbers are the publisher's own
      |-- Heartbeat ------------------------->|
      |<-------------------- HeartbeatAck ----|  known=False: the controller was restarted; register again
-     |<------- MemberUp / MemberDown --------|
+     |<------- MemberUp / MemberDown --------|  newcomers that come together: MembersUp
      |<------------------ Ask(question) -----|  any time: see `kvmesh.wire.control`
      |-- Answer(reply) --------------------->|
      |-- Leave ----------------------------->|
@@ -38,7 +38,8 @@ Registering again. A node registers again, with the same incarnation, when an an
 connection to the controller was made anew (notices may have been lost with the old one). Registered is always the whole
 truth: instances that it does not list are gone, and Snapshots of those with the node's format follow. A node may get it
 at any time. Only when controller_incarnation is new may a node keep what it knows of instances not listed for
-instance_timeout_s more: they are about to register as well.
+instance_timeout_s more: they are about to register as well. A node may repeat a Register for which no answer has come;
+over the same connection it gets none for it while the first answer may still be under way.
 
 Asking. A node that registers with `asks` gets no Changes and no Snapshots, only who is a member; it sends a Query with
 all keys of a request, and gets one Holders. Nothing else is different: it publishes as everybody does.
@@ -64,7 +65,7 @@ from msgspec import Meta
 
 from kvmesh.core.format import Format
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_KEYS_PER_MESSAGE = 20_000
 """A larger inventory is sent in parts. 20,000 keys are under 1 MB, so nobody's event loop stops for long."""
 MAX_BATCH_CHANGES = 5_000
@@ -315,6 +316,12 @@ class MemberUp(Message, frozen=True):
     member: Member
 
 
+class MembersUp(Message, frozen=True):
+    """Several MemberUp in one frame, as when many join at once. A receiver ignores itself among them."""
+
+    members: Annotated[list[Member], Meta(max_length=100_000)]
+
+
 class MemberDown(Message, frozen=True):
     instance_id: Name
     incarnation: Incarnation
@@ -344,7 +351,18 @@ Request = Register | Heartbeat | SnapshotRequest | Query | Leave | Answer
 Event = Changes | Snapshot | FetchReport | UseReport
 """Up the pull socket."""
 Notice = (
-    Registered | Refused | HeartbeatAck | MemberUp | MemberDown | Resync | Changes | Batch | Snapshot | Ask | Holders
+    Registered
+    | Refused
+    | HeartbeatAck
+    | MemberUp
+    | MembersUp
+    | MemberDown
+    | Resync
+    | Changes
+    | Batch
+    | Snapshot
+    | Ask
+    | Holders
 )
 """Down the reply and heartbeat sockets."""
 

@@ -85,6 +85,10 @@ class SimulatedNode:
         self.received_bytes += size_bytes
         if isinstance(notice, wire.MemberUp):
             self.replica.member_up(notice.member.instance_id, notice.member.incarnation)
+        elif isinstance(notice, wire.MembersUp):
+            for member in notice.members:
+                if member.instance_id != self.member.instance_id:
+                    self.replica.member_up(member.instance_id, member.incarnation)
         elif isinstance(notice, wire.MemberDown):
             self.replica.member_down(notice.instance_id, notice.incarnation)
         elif isinstance(notice, wire.Resync):

@@ -45,6 +45,7 @@ class TestRegistering:
         (answer, to), *_ = told(cluster.sent, wire.Registered)
         assert to == (c.peer,)
         assert {member.instance_id for member in answer.members} == {"a", "b"}
+        cluster.flush()
         ((up, to),) = told(cluster.sent, wire.MemberUp)
         assert up.member == c.member
         assert set(to) == {pair[0].peer, pair[1].peer}
@@ -480,6 +481,7 @@ class TestSlowMembers:
         c = cluster.add(make_member("c"))
         c.register()
         cluster.deliver_request(c)
+        cluster.flush()
         assert isinstance(a.notices[-1][0], wire.MemberUp)
         a.notices.pop()
         cluster.pass_time(5)
@@ -491,6 +493,7 @@ class TestSlowMembers:
         patience = []
         for _ in range(7):
             beats = 0
+            cluster.now_s += 10 * INTERVAL_S
             while not cluster.registry.instances["a"].downstream.lost:
                 beats += 1
                 beat = wire.Heartbeat(*a.who, a.sequence, wire.NodeStatistics(), registration=10**6)
@@ -505,6 +508,7 @@ class TestSlowMembers:
         c = cluster.add(make_member("c"))
         c.register()
         cluster.deliver_request(c)
+        cluster.flush()
         assert cluster.registry.instances["b"].downstream.lost
         b.reads = True
         cluster.pass_time(3)

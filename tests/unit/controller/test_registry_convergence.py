@@ -161,6 +161,7 @@ def test_large_inventory_goes_out_in_parts_below_the_limits(monkeypatch):
     cluster.registry.on_request(wire.Register(a.member), a.peer, cluster.now_s)
     whole = wire.Snapshot(*a.who, 0, list(a.inventory), first=True, last=True)
     cluster.registry.on_event(whole, wire.encode(whole), cluster.now_s)
+    cluster.flush()
     b = cluster.add(msgspec.structs.replace(make_member("b"), peer_port=1))
     cluster.registry.on_request(wire.Register(b.member), b.peer, cluster.now_s)
     parts = [send.message for send in cluster.registry.next_snapshot(cluster.now_s)]
