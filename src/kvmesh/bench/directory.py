@@ -29,7 +29,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from kvmesh.bench.cluster import Controller, free_ports, metric, wait_healthy
+from kvmesh.bench.cluster import Controller, free_ports, metric, metrics, wait_healthy
 from kvmesh.bench.directory_witness import KEYS_PER_QUESTION, QUESTIONS_AT_ONCE, Witness
 from kvmesh.bench.swarm import KEY, MakeLink, Swarm, SwarmPlan, make_format, make_instance, percentile
 from kvmesh.bench.swarm_controller import ControllerLink, ControllerUrls
@@ -87,6 +87,10 @@ class Cell:
     question_p99_ms: float | None
     resync_s: float | None
     """From the restart of an empty directory until it knows everything again."""
+    resync_told_s: float | None
+    """Until it has also sent everything to everybody who follows (controller; with Redis, nobody reads it again)."""
+    resync_sent_mb: float | None
+    """What it has sent for that."""
 
 
 class _RedisServer:
@@ -206,13 +210,17 @@ def _measure(plan: DirectoryPlan, kind: str, mode: str, size: int) -> Cell:
             delays_s = _find_news(swarm_plan, make_link, witness)
         rss_mb = process.memory_info().rss / 1e6
         swarm.publish(0)
-        resync_s = None
+        resync_s = resync_told_s = resync_sent_mb = None
         if mode == "replica":
             server.stop()
             begun_s = time.monotonic()
             server.start()
             _wait(lambda: _entries(server, swarm_plan) >= size * plan.chunks)
             resync_s = time.monotonic() - begun_s
+            if isinstance(server, Controller):
+                found = _wait_told(server, size)
+                resync_told_s = time.monotonic() - begun_s
+                resync_sent_mb = found["kvmesh_controller_sent_bytes_total"] / 1e6
         return Cell(
             directory=kind,
             mode=mode,
@@ -233,6 +241,8 @@ def _measure(plan: DirectoryPlan, kind: str, mode: str, size: int) -> Cell:
             question_p50_ms=None if asked is None else _ms(asked.question_seconds, 0.5),
             question_p99_ms=None if asked is None else _ms(asked.question_seconds, 0.99),
             resync_s=resync_s,
+            resync_told_s=resync_told_s,
+            resync_sent_mb=resync_sent_mb,
         )
 
 
@@ -306,6 +316,19 @@ def _entries(server: Controller | _RedisServer, plan: SwarmPlan) -> int:
         return 0
 
 
+def _wait_told(controller: Controller, size: int) -> dict[str, float]:
+    """Until everybody is a member again and nothing is owed; returns the metrics of that moment."""
+    found: dict[str, float] = {}
+
+    def is_told() -> bool:
+        found.update(metrics(controller.url))
+        members = sum(found.get(f'kvmesh_controller_instances{{state="{state}"}}', 0) for state in ("up", "suspect"))
+        return members > size and not found["kvmesh_controller_snapshots_owed"]  # and the witness
+
+    _wait(is_told)
+    return found
+
+
 def _wait(check: Any) -> None:
     until_s = time.monotonic() + WAIT_S
     while not check():
@@ -351,7 +374,8 @@ def _columns(cell: Cell) -> Iterator[tuple[str, str]]:
     yield "node CPU %", f"{cell.node_cpu_percent:.0f}"
     yield "questions/s", _number(cell.questions_per_s)
     yield "question p50/p99 ms", f"{_number(cell.question_p50_ms)}/{_number(cell.question_p99_ms)}"
-    yield "resync s", _number(cell.resync_s)
+    yield "resync: known / told s", f"{_number(cell.resync_s)}/{_number(cell.resync_told_s)}"
+    yield "sent MB", _number(cell.resync_sent_mb)
 
 
 def _number(value: float | None) -> str:

@@ -19,8 +19,8 @@ MOST_PATIENT = 32
 it once more would make it later still.
 """
 ANSWER_HEARTBEATS = 8
-"""So many heartbeat intervals may the answer to a Register be on its way, behind what else waits there. It cannot be lost
-but with its connection, so this is for what we have not thought of.
+"""So many heartbeat intervals may the answer to a Register be on its way, behind what else waits there. It is lost only
+with its connection, so this is for what nobody has thought of.
 """
 
 

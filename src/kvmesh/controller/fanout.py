@@ -159,7 +159,8 @@ class Fanout:
     def forward_part(self, publisher: Instance, part: wire.Snapshot, frame: bytes, now_s: float) -> list[Send]:
         """A part of a publisher's Snapshot as it comes in. Whoever waits for one gets it from its first part on.
 
-        That of a newcomer waits for the flush that tells of it, and then goes to all that are owed it at once.
+        That of a newcomer waits for the flush that tells of it, and then goes to all that are owed it at once. Changes
+        of the publisher that are held are older than its Snapshot: whoever gets them after it ignores them.
         """
         owed = self._owed[publisher.instance_id]
         if part.first and publisher.instance_id not in self._newcomers:
@@ -173,7 +174,7 @@ class Fanout:
             else:
                 owed.add(instance_id)
                 self._counters.held_back += 1
-        return [*self.flush(now_s), address(part, frame, receivers)] if receivers else []
+        return [address(part, frame, receivers)] if receivers else []
 
     def snapshots_owed(self) -> int:
         """Pairs of publisher and receiver that wait for a Snapshot."""

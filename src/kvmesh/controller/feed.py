@@ -39,7 +39,7 @@ and the more there is to send, the more goes into each frame. ZMQ's own thread h
 frame as we have (a system call, and on one machine the receiver's side of it).
 """
 NEWCOMERS_PAUSE = 36.0
-"""The same after newcomers were told: they come in crowds, as after a restart of ours, and each frame goes to everybody."""
+"""The same after newcomers were told: they come in crowds, as after a restart of ours, and all are told of them."""
 LONGEST_PAUSE_S = 0.25
 """But no later than this."""
 BEHIND_PAUSE_S = 0.2

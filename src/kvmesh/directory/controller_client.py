@@ -39,7 +39,8 @@ SEND_QUEUE_FRAMES = 1000
 """Beyond so many unsent frames events are dropped; the gap then asks for a snapshot."""
 SNAPSHOT_RETRY_S = 1.0
 MAX_QUESTIONS = 1000
-REGISTER_RETRY_S = 0.25
+RETRY_S = 0.25
+"""Until a message is tried again that no connection has taken."""
 
 
 class ControllerClient:
@@ -90,6 +91,7 @@ class ControllerClient:
         """Queries that are out, by number."""
         self._limiter = LogLimiter()
         self._drop_timer: asyncio.TimerHandle | None = None
+        self._inventory_timer: asyncio.TimerHandle | None = None
         self.dropped_frames = self._dropped_at_report = 0
 
     def _socket(self, kind: int, url: str) -> zmq.asyncio.Socket:
@@ -124,6 +126,8 @@ class ControllerClient:
             await asyncio.gather(*tasks)
         finally:
             await self._leave()
+            if self._inventory_timer is not None:
+                self._inventory_timer.cancel()
             self._context.destroy(linger=100)
 
     def changes_pending(self) -> None:
@@ -176,11 +180,13 @@ class ControllerClient:
         """Register until accepted, then beat; silence means the controller is gone."""
         assert self._member is not None
         member = self._member
+        pause_s = RETRY_S
         while True:
             now_s = time.monotonic()
             if self._connected and now_s - self._answered_at_s > 2.5 * self._interval_s:
                 self._set_connected(False)
             if self._registered:
+                pause_s = RETRY_S
                 beat = wire.Heartbeat(
                     member.instance_id,
                     member.incarnation,
@@ -193,9 +199,10 @@ class ControllerClient:
                 self._report_use(whole=False)
                 await asyncio.sleep(self._interval_s)
             else:
-                if not self._has_left:
-                    self._send(self._dealer, wire.Register(member, asks=self._asks))
-                await asyncio.sleep(min(self._interval_s, REGISTER_RETRY_S))
+                is_under_way = not self._has_left and self._send(self._dealer, wire.Register(member, asks=self._asks))
+                await asyncio.sleep(min(self._interval_s, pause_s))
+                # Who is not answered yet may have hundreds before it; who is not connected is the first to notice.
+                pause_s = min(self._interval_s, 2 * pause_s) if is_under_way else RETRY_S
 
     async def _publishes(self) -> None:
         while True:
@@ -354,7 +361,13 @@ class ControllerClient:
             self._send(self._push, report)
 
     def _send_inventory(self) -> None:
+        """All of it; again soon when it is not taken: the connection for events may come after that for requests."""
         assert self._member is not None
+        if self._inventory_timer is not None:
+            self._inventory_timer.cancel()
+            self._inventory_timer = None
+        if not self._registered:
+            return
         self._sequence, keys = self._outbox.inventory()
         size = wire.MAX_KEYS_PER_MESSAGE
         parts = [keys[start : start + size] for start in range(0, len(keys), size)] or [[]]
@@ -367,7 +380,9 @@ class ControllerClient:
                 first=index == 0,
                 last=index == len(parts) - 1,
             )
-            self._send(self._push, snapshot)
+            if not self._send(self._push, snapshot):
+                self._inventory_timer = asyncio.get_running_loop().call_later(RETRY_S, self._send_inventory)
+                return
 
     def _ask_snapshot(self, instance_id: str, incarnation: str) -> None:
         if instance_id not in self._members:
@@ -397,11 +412,13 @@ class ControllerClient:
         if self._registered and self._member is not None:
             self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
 
-    def _send(self, socket: zmq.asyncio.Socket, message: wire.Message) -> None:
-        """Hand one frame to ZMQ without waiting. A full queue or no connection drops it: the gap it leaves is
+    def _send(self, socket: zmq.asyncio.Socket, message: wire.Message) -> bool:
+        """Hand one frame to ZMQ without waiting. A full queue or no connection drops it (False): the gap it leaves is
         repaired.
         """
         sent = socket.send(wire.encode(message), zmq.NOBLOCK)
         assert isinstance(sent, asyncio.Future)  # pyzmq decides a NOBLOCK send at once
         if sent.done() and isinstance(sent.exception(), zmq.Again):
             self.dropped_frames += 1
+            return False
+        return True

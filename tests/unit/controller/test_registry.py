@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import msgspec
 import pytest
@@ -17,7 +18,9 @@ from unit.controller.simulation import INTERVAL_S, TIMEOUT_S, Cluster, Simulated
 OTHER_FORMAT = make_format(chunk_tokens=128)
 
 
-def told(sends: list[Send], kind: type[wire.Message]) -> list[tuple[wire.Message, tuple[Peer, ...]]]:
+def told(
+    sends: list[Send], kind: type[wire.Message] | tuple[type[wire.Message], ...]
+) -> list[tuple[wire.Message, tuple[Peer, ...]]]:
     return [(send.message, send.to) for send in sends if isinstance(send.message, kind)]
 
 
@@ -65,6 +68,120 @@ class TestRegistering:
         assert not told(cluster.sent, wire.MemberUp)
         assert not told(cluster.sent, wire.MemberDown)
         cluster.check_converged()
+
+    def test_repeats_are_answered_once(self, cluster, pair):
+        """Who is not answered soon enough asks again; it is sent members and inventories once all the same."""
+        a, _ = pair
+        c = cluster.add(make_member("c"))
+        for _ in range(5):
+            c.register()
+            cluster.deliver_request(c)
+            cluster.now_s += INTERVAL_S / 4
+        cluster.settle()
+        assert len(told(cluster.sent, wire.Registered)) == 1
+        of_a = [to for message, to in told(cluster.sent, wire.Snapshot) if message.instance_id == a.who[0]]
+        assert of_a == [(c.peer,)]
+        assert cluster.registry.counters.repeated == 4
+        cluster.check_converged()
+
+    @pytest.mark.parametrize("change", ["connection", "asks", "address", "time"])
+    def test_a_repeat_that_says_something_new_is_answered(self, cluster, pair, change):
+        """Another connection has not got our answer; somebody else's wishes have changed; and after long enough we are
+        the ones who may be wrong.
+        """
+        c = cluster.add(make_member("c"))
+        c.register()
+        cluster.deliver_request(c)
+        again = wire.Register(c.member)
+        if change == "connection":
+            cluster.reconnect(c)
+        elif change == "asks":
+            again = wire.Register(c.member, asks=True)
+        elif change == "address":
+            again = wire.Register(msgspec.structs.replace(c.member, peer_port=9999))
+        else:
+            cluster.now_s += downstream.ANSWER_HEARTBEATS * INTERVAL_S
+        cluster.sent.clear()
+        cluster.send(cluster.registry.on_request(again, c.peer, cluster.now_s))
+        assert [to for _, to in told(cluster.sent, wire.Registered)] == [(c.peer,)]
+
+    def test_heartbeats_from_before_the_answer_prove_no_loss(self, cluster, pair):
+        """A controller that is behind reads them after the Register; who has sent them need not register once more."""
+        a, _ = pair
+        cluster.reconnect(a)
+        cluster.send(cluster.registry.on_request(wire.Register(a.member), a.peer, cluster.now_s))
+        for _ in range(5):
+            beat = wire.Heartbeat(*a.who, a.sequence, wire.NodeStatistics(), registration=10**6)
+            (ack,) = cluster.registry.on_request(beat, a.peer, cluster.now_s)
+            assert ack.message.known
+        assert not cluster.registry.instances["a"].downstream.lost
+
+    def test_newcomers_that_come_together_are_told_in_one_frame(self, cluster, pair):
+        """And nothing of what they hold goes out before it."""
+        newcomers = [cluster.add(make_member(f"n{index}")) for index in range(5)]
+        for node in newcomers:
+            node.inventory = set(make_keys(2, node.who[0]))
+            node.register()
+            cluster.deliver_request(node)
+            cluster.deliver_notice(node)
+            node.change(set(make_keys(1, "new" + node.who[0])), set())
+            while node.events:
+                cluster.deliver_event(node)
+        assert not told(cluster.sent, (wire.Snapshot, wire.Changes, wire.Batch, wire.MemberUp))
+        cluster.flush()
+        ((ups, to),) = told(cluster.sent, wire.MembersUp)
+        assert {member.instance_id for member in ups.members} == {node.who[0] for node in newcomers}
+        assert {node.peer for node in pair} <= set(to)
+        cluster.settle()
+        assert len(told(cluster.sent, wire.MembersUp)) == 1
+        cluster.check_converged()
+
+    def test_who_has_gone_before_it_was_told_of_is_not_told_of(self, cluster, pair):
+        """A MemberUp after the MemberDown would bring it back."""
+        c, d = (cluster.add(make_member(name)) for name in "cd")
+        for node in (c, d):
+            node.register()
+            cluster.deliver_request(node)
+        cluster.send(cluster.registry.on_request(wire.Leave(*c.who), c.peer, cluster.now_s))
+        cluster.kill(c)
+        cluster.flush()
+        assert [up.member.instance_id for up, _ in told(cluster.sent, wire.MemberUp)] == ["d"]
+        cluster.settle()
+        cluster.check_converged()
+
+    def test_a_restart_of_the_controller_costs_each_inventory_once(self, cluster):
+        """However impatient the members are while it is behind: one answer each, each inventory once to each, and few
+        frames about who is a member.
+        """
+        nodes = [cluster.add(make_member(f"n{index}", peer_port=8000 + index)) for index in range(12)]
+        for node in nodes:
+            node.inventory = set(make_keys(4, node.who[0]))
+        cluster.pass_time(2)
+        cluster.check_converged()
+        cluster.restart_controller()
+        cluster.sent.clear()
+        for _ in range(3):  # while it was behind, all beat and asked several times
+            for node in nodes:
+                node.beat()
+        for _ in range(3):
+            for node in nodes:
+                cluster.deliver_request(node)
+        for node in nodes:
+            while node.notices:
+                cluster.deliver_notice(node)
+            node.beat()
+        for node in nodes:
+            while node.requests:
+                cluster.deliver_request(node)
+        cluster.settle()
+        cluster.check_converged()
+        assert cluster.registry.counters.registrations == len(told(cluster.sent, wire.Registered)) == len(nodes)
+        pairs = Counter((part.instance_id, peer) for part, to in told(cluster.sent, wire.Snapshot) for peer in to)
+        assert len(pairs) == len(nodes) * (len(nodes) - 1)
+        assert set(pairs.values()) == {1}
+        assert len(told(cluster.sent, (wire.MemberUp, wire.MembersUp))) == 1
+        cluster.pass_time(3)
+        assert cluster.registry.counters.registrations == len(nodes)
 
     def test_changed_address_is_told(self, cluster, pair):
         """The same incarnation with another port reaches the others as MemberUp."""
