@@ -81,7 +81,7 @@ class Feed:
             name: Intake(
                 router,
                 lambda frames, name=name: self._guard(name, frames),  # type: ignore[misc]
-                self._send_held,
+                self._after_requests,
             )
             for name, router in self._routers.items()
         }
@@ -175,6 +175,11 @@ class Feed:
         self.send(self._registry.on_event(event, frame, now_s), now_s)
         if isinstance(event, wire.Snapshot) and event.last:
             self._owed.set()
+
+    def _after_requests(self, is_empty: bool) -> None:
+        """Only newcomers are told from here: when Changes go is a matter of how many of them wait."""
+        if self._registry.has_newcomers():
+            self._send_held(is_empty)
 
     def _send_held(self, is_empty: bool) -> None:
         """Send on what the members have told, now or when it is time. `is_empty`: nothing more waits to be read."""

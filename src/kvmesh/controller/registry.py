@@ -154,6 +154,7 @@ class Registry:
             return self._refuse("too_many_instances", f"the limit is {MAX_INSTANCES} instances", member, peer, now_s)
         if known is not None and self._is_repeat(known, request, peer, now_s):
             self.counters.repeated += 1
+            known.last_contact_s = now_s  # it waits for us, and says so
             return []
         return sends + self._admit(known, member, peer, now_s, asks=request.asks)
 
@@ -363,6 +364,10 @@ class Registry:
     def has_held(self) -> bool:
         """Whether Changes or newcomers wait for a flush."""
         return self._fanout.has_held()
+
+    def has_newcomers(self) -> bool:
+        """Whether there are members whom the others have not been told of."""
+        return bool(self._newcomers)
 
     def flush(self, now_s: float) -> list[Send]:
         """Tell of the newcomers and send on the Changes that have come since the last flush."""

@@ -84,6 +84,19 @@ class TestRegistering:
         assert cluster.registry.counters.repeated == 4
         cluster.check_converged()
 
+    def test_who_waits_for_an_answer_is_alive(self, cluster, pair):
+        """Its repeats are all that is heard of it, when we are behind for longer than the time-out."""
+        c = cluster.add(make_member("c"))
+        for _ in range(4):
+            c.register()
+            cluster.deliver_request(c)
+            cluster.now_s += TIMEOUT_S / 2
+        assert "c" not in {
+            message.instance_id
+            for message, _ in told(cluster.registry.tick(cluster.now_s - TIMEOUT_S / 4), wire.MemberDown)
+        }
+        assert cluster.registry.counters.registrations == 3
+
     @pytest.mark.parametrize("change", ["connection", "asks", "address", "time"])
     def test_a_repeat_that_says_something_new_is_answered(self, cluster, pair, change):
         """Another connection has not got our answer; somebody else's wishes have changed; and after long enough we are
