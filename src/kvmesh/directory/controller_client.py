@@ -291,7 +291,11 @@ class ControllerClient:
         member = self._member
         if member is None or (ask.instance_id, ask.incarnation) != (member.instance_id, member.incarnation):
             return  # meant for another life of ours; whoever asked knows that it has ended
-        self._listener.on_ask(ask, lambda answer: self._send(self._dealer, answer))
+
+        def answer(said: wire.Answer) -> None:
+            self._send(self._dealer, said)
+
+        self._listener.on_ask(ask, answer)
 
     def _apply(self, changes: wire.Changes) -> None:
         if not self._listener.on_changes(changes):
