@@ -106,6 +106,10 @@ class FakeNode:
     def visible_count(self) -> int:
         return len(self.visible)
 
+    @property
+    def changes(self) -> int:
+        return hash((frozenset(self.visible), self.state, self.restarts))
+
     def publish(self, slots: list[int], *, fetched: bool) -> None:
         self.published.append((list(slots), fetched))
 

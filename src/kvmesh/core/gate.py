@@ -305,14 +305,18 @@ class Prefill:
         self._attention = attention
         self._tokens = RateMeter()
         self._queue_s = 0.0
+        self.observations = 0
+        """Taken in so far: while it stays the same, so does everything else here."""
 
     def computed(self, start_tokens: int, tokens: int, seconds: float) -> None:
         """A prefill of `tokens` after a prefix of `start_tokens` took `seconds` since it was first scheduled."""
         self._tokens.observe(self._work(start_tokens, tokens), seconds)
+        self.observations += 1
 
     def queued(self, seconds: float) -> None:
         """A request waited so long from its lookup until it was scheduled."""
         self._queue_s += (1 - DECAY) * (max(0.0, seconds) - self._queue_s)
+        self.observations += 1
 
     @property
     def tokens_per_s(self) -> float | None:

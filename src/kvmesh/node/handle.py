@@ -123,6 +123,10 @@ class NodeHandle:
         self._idle = threading.Condition()
         self._threads: list[threading.Thread] = []
         self.restarts = 0
+        self.changes = 0
+        """Goes up after every change of `state`, `restarts` or `visible_count`: so that who shows them need not look at
+        all of them after every step. Moved by one thread at a time.
+        """
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +155,7 @@ class NodeHandle:
                 self._child.kill(gentle=False)  # the reading thread may just have been starting another one
         with self._lock:
             self._state = DOWN
+        self.changes += 1
         self._fail_jobs(MissReason.DRAINING)
         if self._child.connection is not None:
             self._child.connection.close()
@@ -178,6 +183,7 @@ class NodeHandle:
         with self._lock:
             self._ready = first
             self._state = NodeState(True, False, False, 0, self._start.sharing)
+            self.changes += 1
             # The node read the ledger before it was ready; what changed since then is told again.
             self._tell_missed_slots()
             while self._untold:
@@ -325,6 +331,7 @@ class NodeHandle:
                     self._start = msgspec.structs.replace(self._start, peer_port=0)
                     continue
                 self.restarts += 1
+                self.changes += 1
                 break
 
     def _read_until_closed(self) -> None:
@@ -358,8 +365,10 @@ class NodeHandle:
                     self._visible.clear()
                 self._visible.difference_update(message.vanished)
                 self._visible.update(message.appeared)
+                self.changes += 1
             case link.Answered():
                 self._asked.answered(message.held, message.missing)
+                self.changes += 1
             case link.FetchDone():
                 self._done(message)
             case link.Directory():
@@ -369,6 +378,7 @@ class NodeHandle:
                 with self._lock:
                     self._state = state
                     self._start = msgspec.structs.replace(self._start, sharing=message.sharing)
+                self.changes += 1
             case link.Operate() | link.MakeKeys():
                 self.on_request(message)
             case link.Rates():
@@ -422,6 +432,7 @@ class NodeHandle:
         self._visible.clear()
         self._asked.clear()
         self._fastest = None
+        self.changes += 1
         self._child.kill(gentle=False)
         self._fail_jobs(MissReason.NODE_DOWN)
 

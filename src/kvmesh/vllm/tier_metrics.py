@@ -61,37 +61,66 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
 
 
 class TierMetrics:
-    """Counts on the scheduler thread; handed to vLLM after each step, and only when something changed."""
+    """Counts on the scheduler thread; handed to vLLM after each step, and only what has changed.
+
+    vLLM asks after every step, when the model has just driven everything else out of the processor's caches: what costs
+    then is each object that is touched. So a step in which nothing happened touches three numbers.
+    """
 
     def __init__(self) -> None:
         self._lookups: dict[MissReason | None, int] = {}
         self._finished: list[FinishedJob] = []
         self._decisions: dict[Verdict, int] = {}
-        self._gauges: tuple[float, ...] | None = None
+        self._gauges: dict[str, float] = {}
+        """As they were handed over last."""
+        self._has_counted = False
+        self._node_changes = self._observations = -1
 
     def looked_up(self, reason: MissReason | None) -> None:
         """Count one lookup; None is a hit."""
         self._lookups[reason] = self._lookups.get(reason, 0) + 1
+        self._has_counted = True
 
     def fetched(self, finished: FinishedJob) -> None:
         self._finished.append(finished)
+        self._has_counted = True
 
     def decided(self, verdict: Verdict) -> None:
         """Count one decision of the gate."""
         self._decisions[verdict] = self._decisions.get(verdict, 0) + 1
+        self._has_counted = True
 
     def take(self, node: NodeHandle, prefill: Prefill) -> OffloadingConnectorStats | None:
         """What happened since the last call, in vLLM's form; None when nothing did."""
-        state = node.state
-        rates = (round(prefill.tokens_per_s or 0.0, 1), round(prefill.queue_s, 4))
-        gauges: tuple[float, ...] = (node.visible_count(), state.peers, int(state.alive), node.restarts, *rates)
-        if not self._lookups and not self._finished and not self._decisions and gauges == self._gauges:
+        has_moved = node.changes != self._node_changes or prefill.observations != self._observations
+        if not self._has_counted and not has_moved:
             return None
         stats = OffloadingConnectorStats()
-        names = (VISIBLE_CHUNKS, PEERS, NODE_UP, NODE_RESTARTS, PREFILL_RATE, QUEUE_SECONDS)
-        for name, value in zip(names, gauges, strict=True):
-            stats.set_gauge(name, value)
+        if has_moved:
+            self._set_gauges(stats, node, prefill)
+        if self._has_counted:
+            self._set_counters(stats)
+        return None if stats.is_empty() else stats
+
+    def _set_gauges(self, stats: OffloadingConnectorStats, node: NodeHandle, prefill: Prefill) -> None:
+        # The numbers of changes first: what changes from here on is seen by the next call.
+        self._node_changes, self._observations = node.changes, prefill.observations
+        state = node.state
+        gauges: dict[str, float] = {
+            VISIBLE_CHUNKS: node.visible_count(),
+            PEERS: state.peers,
+            NODE_UP: int(state.alive),
+            NODE_RESTARTS: node.restarts,
+            PREFILL_RATE: round(prefill.tokens_per_s or 0.0, 1),
+            QUEUE_SECONDS: round(prefill.queue_s, 4),
+        }
+        for name, value in gauges.items():
+            if value != self._gauges.get(name):
+                stats.set_gauge(name, value)
         self._gauges = gauges
+
+    def _set_counters(self, stats: OffloadingConnectorStats) -> None:
+        self._has_counted = False
         for reason, count in self._lookups.items():
             labels = ("hit", "") if reason is None else ("miss", reason.value)
             stats.increase_counter(LOOKUPS, count, labels)
@@ -102,7 +131,6 @@ class TierMetrics:
         for finished in self._finished:
             self._count(stats, finished)
         self._finished.clear()
-        return stats
 
     @staticmethod
     def _count(stats: OffloadingConnectorStats, finished: FinishedJob) -> None:

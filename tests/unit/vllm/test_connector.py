@@ -186,7 +186,7 @@ def test_our_metrics_appear_beside_vllms():
     }
     exporter = KVMeshConnector.build_prom_metrics(make_vllm_config(), metric_types, ["model_name"], {0: ["tiny"]})
 
-    node = SimpleNamespace(state=NodeState(True, True, True, 2), restarts=0, visible_count=lambda: 7)
+    node = SimpleNamespace(state=NodeState(True, True, True, 2), restarts=0, changes=0, visible_count=lambda: 7)
     metrics = TierMetrics()
     metrics.looked_up(None)
     metrics.looked_up(MissReason.NOT_PUBLISHED)

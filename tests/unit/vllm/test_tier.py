@@ -13,7 +13,7 @@ from kvmesh.config import KVMeshConfig
 from kvmesh.core.gate import Rate, Source, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.state import NodeState
-from kvmesh.vllm import prefill_watch
+from kvmesh.vllm import prefill_watch, tier_metrics
 from kvmesh.vllm import tier as tier_module
 from kvmesh.vllm.operated_pool import WarmState
 from kvmesh.vllm.request_records import RequestState
@@ -416,6 +416,26 @@ class TestMetrics:
         assert tier.get_stats() is None
         tier.node.visible = {A}
         assert counted(tier)["kvmesh_visible_chunks"] == {(): 1}
+        assert tier.get_stats() is None
+
+    def test_a_step_without_news_reads_nothing_but_the_counts_of_changes(self, tier, monkeypatch):
+        """What is read after every step is paid for after every step, with cold caches."""
+        tier.lookup(A, ReqContext("r1"))
+        assert tier.get_stats() is not None
+        monkeypatch.setattr(tier_metrics, "OffloadingConnectorStats", None)
+        monkeypatch.setattr(tier.node, "visible_count", None)
+        assert tier.get_stats() is None
+
+    def test_only_the_gauges_that_have_changed_are_told(self, tier):
+        counted(tier)
+        tier.node.visible = {A}
+        assert counted(tier) == {"kvmesh_visible_chunks": {(): 1}}
+        tier._prefill.queued(0.5)
+        assert set(counted(tier)) == {"kvmesh_queue_delay_seconds"}
+
+    def test_what_has_changed_and_is_the_same_again_is_no_news(self, tier):
+        counted(tier)
+        tier._prefill.queued(0.0)
         assert tier.get_stats() is None
 
     def test_a_node_that_is_down_is_shown(self, tier):
