@@ -18,6 +18,7 @@ import zmq.asyncio
 from kvmesh.directory.base import DirectoryListener
 from kvmesh.directory.handshakes import Handshakes
 from kvmesh.directory.outbox import Outbox
+from kvmesh.directory.pace import Pace
 from kvmesh.logs import LogLimiter
 from kvmesh.wire import directory as wire
 from kvmesh.wire.auth import ClusterKey
@@ -25,8 +26,6 @@ from kvmesh.wire.curve import CurveKeys, secure_node
 
 log = logging.getLogger("kvmesh.directory")
 
-BATCH_DELAY_S = 0.002
-"""Changes that come within this time travel in one batch."""
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 """A Registered names every member: under 1 kB each."""
 MAX_MEMBERS = 20_000
@@ -205,9 +204,10 @@ class ControllerClient:
                 pause_s = min(self._interval_s, 2 * pause_s) if is_under_way else RETRY_S
 
     async def _publishes(self) -> None:
+        pace = Pace()
         while True:
             await self._pending.wait()
-            await asyncio.sleep(BATCH_DELAY_S)
+            await pace.turn()
             self._pending.clear()
             if self._registered and self._connected:
                 self._publish()

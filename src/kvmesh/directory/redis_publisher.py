@@ -19,6 +19,7 @@ import msgspec
 
 from kvmesh.directory.base import DirectoryListener
 from kvmesh.directory.outbox import Outbox
+from kvmesh.directory.pace import Pace
 from kvmesh.directory.redis_health import Health
 from kvmesh.directory.redis_index import IndexWriter
 from kvmesh.directory.redis_link import Argument, RedisLink, RedisTrouble
@@ -49,8 +50,6 @@ from kvmesh.wire.redis_layout import (
 
 log = logging.getLogger("kvmesh.directory")
 
-BATCH_DELAY_S = 0.002
-"""Changes that come within this time travel in one batch."""
 SILENT_INTERVALS = 1.5
 """An instance that has missed so many heartbeats may lose its id to another one."""
 MAX_EVENTS_AT_JOIN = 64
@@ -331,10 +330,10 @@ class RedisPublisher:
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     async def _publishes(self) -> None:
-        failures = 0
+        failures, pace = 0, Pace()
         while True:
             await self._pending.wait()
-            await asyncio.sleep(BATCH_DELAY_S)
+            await pace.turn()
             self._pending.clear()
             if await self._publish_all():
                 failures = 0

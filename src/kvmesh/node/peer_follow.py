@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 from kvmesh.directory.outbox import Outbox
+from kvmesh.directory.pace import Pace
 from kvmesh.errors import KVMeshError
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.stream import PeerStream
@@ -20,8 +21,6 @@ from kvmesh.wire import directory as wire
 from kvmesh.wire.follow import BEAT_S, MAX_KEYS_PER_FRAME
 from kvmesh.wire.peer import Follow, Refused, encode
 
-BATCH_DELAY_S = 0.002
-"""Changes that come within this time travel in one batch."""
 BATCHES_AT_ONCE = 16
 LOOK_S = 0.25
 """How often a thread that waits for the loop looks whether the server is closing."""
@@ -77,9 +76,9 @@ class Following:
             if request.member is not None:
                 loop.call_soon_threadsafe(self._introduce, request.member)
             stream.send_frame(wire.encode(wire.MemberUp(member)), patience)
-            sequence = -1
+            sequence, pace = -1, Pace()
             while self._member is not None and not closing.is_set() and not stream.wait_readable(0):
-                asked = asyncio.run_coroutine_threadsafe(self._next(sequence), loop)
+                asked = asyncio.run_coroutine_threadsafe(self._next(sequence, pace), loop)
                 answer = _wait(asked, closing)
                 if answer is None:
                     return
@@ -92,7 +91,7 @@ class Following:
             with self._lock:
                 self._followers -= 1
 
-    async def _next(self, sequence: int) -> tuple[int, list[bytes]]:
+    async def _next(self, sequence: int, pace: Pace) -> tuple[int, list[bytes]]:
         """What comes after `sequence` (-1: the beginning), waited for a while."""
         outbox = self._outbox
         if self._member is None:
@@ -104,7 +103,7 @@ class Following:
             self._changed.clear()
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), BEAT_S)
-            await asyncio.sleep(BATCH_DELAY_S)
+            await pace.turn()
             batch = outbox.next_after(sequence)
         if batch is None and not outbox.continues(sequence):
             return self._inventory()
