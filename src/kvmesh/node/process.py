@@ -247,7 +247,9 @@ class Node:
         timeout_s: float,
         saved: Saved | None = None,
     ) -> JobResult:
-        """Pull chunks into free slots of the pool; see `Fetcher.fetch`. Counts, reports and logs the result."""
+        """Pull chunks into free slots of the pool; see `Fetcher.fetch`. The result is counted, reported and logged as
+        soon as whoever waits for it has it.
+        """
         if saved is not None and saved.chunk_s > 0:
             self._prefill_tokens_per_s = min(self.format.chunk_tokens / saved.chunk_s, MAX_TOKENS_PER_S)
         self._active_fetches += 1
@@ -255,20 +257,24 @@ class Node:
             result = await self.fetcher.fetch(make_items(keys, slots), timeout_s, saved)
         finally:
             self._active_fetches -= 1
+        for outcome in result.fetched():
+            if outcome.checksum is not None:
+                self.inventory.filled(outcome.item.slot, outcome.item.key, outcome.checksum)
+        asyncio.get_running_loop().call_soon(self._account, request_id, result)
+        return result
+
+    def _account(self, request_id: str, result: JobResult) -> None:
+        """What a fetch has taught, for everybody but the request that waits for it."""
         self._tell_rates()
         for outcome in result.outcomes:
             if outcome.reason in {MissReason.EVICTED, MissReason.STALE, MissReason.PEER_UNREACHABLE}:
                 self.asker.forget(outcome.item.key)
-        for outcome in result.fetched():
-            if outcome.checksum is not None:
-                self.inventory.filled(outcome.item.slot, outcome.item.key, outcome.checksum)
         done = FetchSummary.of(request_id, result, self.peers, self._pool.chunk_bytes)
         done.log()
         self._fetch_totals.add(done)
         self.requests.fetched(request_id, done.transports, self._pool.chunk_bytes, result)
         if self._directory is not None:
             self._directory.report(done.report(self.instance_id, self.incarnation))
-        return result
 
     # -- operations ----------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Engine(NamedTuple):
     def say(self, *messages: link.Message) -> None:
         self.writer.write(b"".join(pack_frame(link.encode(message)) for message in messages))
 
-    async def hear(self, kind: type) -> link.Message:
+    async def hear(self, kind: type | tuple[type, ...]) -> link.Message:
         while True:
             frame = await asyncio.wait_for(read_frame(self.reader, link.MAX_FRAME_BYTES), 20)
             assert frame is not None, "the node has ended"
@@ -226,3 +226,11 @@ async def test_a_set_that_is_larger_than_what_may_wait_is_told_once(
         if message.reset:
             visible.clear()
         visible |= set(message.appeared)
+
+
+async def test_the_result_of_a_fetch_comes_before_what_it_has_taught(engine: Engine) -> None:
+    """A request waits for the one; rates, logs and reports can wait for it."""
+    engine.say(link.Fetch(1, "r", [KEY], [0], 5.0))
+    first = await engine.hear((link.FetchDone, link.Rates))
+    assert isinstance(first, link.FetchDone)
+    await engine.hear(link.Rates)
