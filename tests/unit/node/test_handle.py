@@ -266,3 +266,18 @@ def test_a_node_that_talks_but_does_not_listen_is_killed(make, monkeypatch):
     handle._sending_since_s = time.monotonic() - 1
     handle.script = f"{said(READY)} linger"
     wait_for(lambda: handle.restarts >= 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [link.Visible([make_key("a")], [], reset=False), link.Answered([make_key("a")], []), link.Directory(True, True, 1)],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_is_shown_of_a_node_does_not_change_uncounted(make, message):
+    """Who shows it looks at the count alone after most steps."""
+    handle = make("")
+    before = handle.changes
+    handle._on_message(message)
+    told = handle.changes
+    handle._lost()
+    assert before < told < handle.changes
