@@ -110,6 +110,7 @@ def docker_daemon(work: Path) -> Iterator[None]:
     os.environ["DOCKER_HOST"] = f"unix://{work}/docker.sock"
     command = ["dockerd", "--host", os.environ["DOCKER_HOST"], "--pidfile", f"{work}/docker.pid"]
     command += ["--data-root", f"{work}/docker", "--exec-root", f"{work}/docker-run"]
+    rules = run("iptables-save")
     with (work / "dockerd.log").open("wb") as log:
         daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -121,6 +122,7 @@ def docker_daemon(work: Path) -> Iterator[None]:
         for mounted in (work / "docker-run" / "netns").glob("*"):
             run("umount", mounted)
         run("ip", "link", "del", "docker0")
+        run("iptables-restore", input=rules)  # what the daemon leaves there would stand in the way of others' bridges
 
 
 def succeeds(*command: str) -> bool:
@@ -162,8 +164,8 @@ def make_vllm_base(work: Path, base: str) -> str:
     """What stands for vllm/vllm-openai: the base and vLLM for CPUs, as this environment has it, without kvmesh."""
     say("making a base image with this environment's vLLM for CPUs")
     context = work / "vllm"
-    ours = shutil.ignore_patterns("*kvmesh*", "playwright*", "nixl*")
-    shutil.copytree(sysconfig.get_paths()["purelib"], context / "packages", symlinks=True, ignore=ours)
+    packages = sysconfig.get_paths()["purelib"]
+    shutil.copytree(packages, context / "packages", symlinks=True, ignore=not_of_an_engine(packages))
     # vLLM asks for its own version by the name that its build for CPUs does not have.
     metadata = context / "packages" / "vllm.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -172,6 +174,12 @@ def make_vllm_base(work: Path, base: str) -> str:
     run("docker", "build", "-t", VLLM_BASE, context)
     shutil.rmtree(context)
     return VLLM_BASE
+
+
+def not_of_an_engine(packages: str) -> Callable[[str, list[str]], set[str]]:
+    """Of the packages here, those that no image of vLLM has: kvmesh itself, and what only tests use."""
+    names = shutil.ignore_patterns("*kvmesh*", "playwright*", "nixl*")
+    return lambda folder, found: names(folder, found) if folder == packages else set()
 
 
 def build(file: str, tag: str, **arguments: str) -> None:
@@ -315,7 +323,7 @@ def instances(controller: str) -> list[dict[str, Any]]:
 
 def pulled(controller: str) -> int:
     """Chunks that the engines have fetched from each other."""
-    return sum(int(one["fetched_chunks"]) for one in instances(controller))
+    return sum(int(one["statistics"]["fetched_chunks"]) for one in instances(controller))
 
 
 if __name__ == "__main__":
