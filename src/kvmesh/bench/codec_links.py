@@ -41,6 +41,11 @@ class LinkRow:
         return self.auto_s / self.none_s
 
     @property
+    def link(self) -> str:
+        """Its speed in words."""
+        return f"{self.mbit_s:g}" if self.mbit_s else "no limit"
+
+    @property
     def is_kept(self) -> bool:
         """Whether choosing has cost no more than it may."""
         return self.auto_over_raw <= ALLOWED_OVER_RAW

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+
+from kvmesh.bench.namespaces import name_of, remove_left, run
 
 CONTROL_NET, DATA_NET = "198.18.{}", "198.19.{}"
 """The block reserved for measuring networks."""
@@ -26,12 +27,12 @@ class Star:
     """Makes the namespaces, and takes them away again."""
 
     def __init__(self, holders: int) -> None:
-        self._tag = f"kvmesh-{os.getpid()}"
-        self.holders = [f"{self._tag}-holder-{number}" for number in range(holders)]
-        self.reader = f"{self._tag}-reader"
+        self.holders = [name_of(f"holder-{number}") for number in range(holders)]
+        self.reader = name_of("reader")
 
     def open(self) -> None:
         """Make everything, without limits. Raises OSError in words."""
+        remove_left()
         for number, space in enumerate((*self.holders, self.reader)):
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
@@ -61,11 +62,11 @@ class Star:
         """Let every holder send at most so fast; None lifts the limit."""
         for space in self.holders:
             with contextlib.suppress(OSError):
-                _run("tc", "-n", space, "qdisc", "del", "dev", "data", "root")
+                run("tc", "-n", space, "qdisc", "del", "dev", "data", "root")
             if mbit_s is not None:
                 bucket = max(MIN_BUCKET_BYTES, int(mbit_s * 1e6 / 8 * BUCKET_S))
                 rate = ("tbf", "rate", f"{mbit_s:g}mbit", "burst", f"{bucket}b", "latency", "100ms")
-                _run("tc", "-n", space, "qdisc", "add", "dev", "data", "root", *rate)
+                run("tc", "-n", space, "qdisc", "add", "dev", "data", "root", *rate)
 
     @staticmethod
     def holder_address(number: int) -> str:
@@ -89,10 +90,4 @@ class Star:
 
 
 def _ip(*arguments: str) -> None:
-    _run("ip", *arguments)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    run("ip", *arguments)

@@ -32,12 +32,12 @@ from kvmesh.bench.certificates import Authority, has_openssl
 from kvmesh.bench.chaos import network
 from kvmesh.bench.holders import HoldersRow, measure_holders
 from kvmesh.bench.plot import line_chart
-from kvmesh.bench.yardsticks import RedisValues, iperf3_gb_per_s, redis_program
+from kvmesh.bench.yardsticks import RawNixl, RedisValues, iperf3_gb_per_s, redis_program
 from kvmesh.config import TlsFiles
 from kvmesh.core.format import Format
 from kvmesh.core.keys import ChunkKey
 from kvmesh.core.ledger import SlotLedger
-from kvmesh.errors import TransferError
+from kvmesh.errors import StartupError, TransferError
 from kvmesh.node.peer_server import PeerServer
 from kvmesh.transfer.base import Deadline, FetchItem, Located, PeerTransport
 from kvmesh.transfer.link import PeerTarget
@@ -64,13 +64,17 @@ METHODS = (
     "tcp-unchecked",
     "tcp-key",
     "tcp-tls",
+    "nixl-raw",
     "nixl",
+    "nixl-unchecked",
     "redis",
 )
 """`memcpy-first`: out of memory that this process maps for the first time, as a chunk of another one is when it is read
 once. `-unchecked`: without comparing checksums. `tcp-key`: with a cluster key, so MACs on all frames, headers and
-trailers. `tcp-tls`: with that and inside TLS. `redis`: GET from a Redis server on this host.
+trailers. `tcp-tls`: with that and inside TLS. `nixl-raw`: a READ of the whole batch by NIXL alone. `redis`: GET from a
+Redis server on this host.
 """
+_NIXL_METHODS = frozenset({"nixl", "nixl-raw", "nixl-unchecked"})
 MAX_BATCH = 64
 POOL_BYTES = 256 * MIB
 """Cases that need more are left out. Larger than the caches of most machines."""
@@ -138,9 +142,9 @@ def run_transfer_benchmark(
         links_mbit_s: speeds of rate-limited links to measure, too; left out where namespaces cannot be made.
         console: where to print.
     """
-    skipped = {}
-    if "nixl" in methods and (problem := unavailable()):
-        skipped["nixl"] = problem
+    skipped: dict[str, str] = {}
+    if _NIXL_METHODS.intersection(methods) and (problem := unavailable()):
+        skipped |= dict.fromkeys(sorted(_NIXL_METHODS.intersection(methods)), problem)
     if "tcp-tls" in methods and not has_openssl():
         skipped["tcp-tls"] = "no openssl to make certificates with"
     if "redis" in methods and redis_program() is None:
@@ -156,6 +160,11 @@ def run_transfer_benchmark(
             for batch in batches:
                 if batch * chunk_bytes <= POOL_BYTES:
                     measurements += case.measure(batch, rounds, round_s)
+    links = []
+    try:
+        links = [measure_holders([1], speed, 3)[0] for speed in links_mbit_s]
+    except (StartupError, OSError) as error:  # what has been measured for minutes is worth having
+        skipped["links"] = str(error)
     result = TransferBenchmark(
         machine=f"{platform.machine()} {platform.system()} {platform.release()}",
         cores=os.cpu_count() or 0,
@@ -164,8 +173,8 @@ def run_transfer_benchmark(
         skipped=skipped,
         measurements=measurements,
         iperf3_gb_per_s=iperf3_gb_per_s(),
-        links=[measure_holders([1], speed, 3)[0] for speed in links_mbit_s],
-        links_mbit_s=list(links_mbit_s),
+        links=links,
+        links_mbit_s=list(links_mbit_s) if links else [],
     )
     if console is not None:
         console.print(table(result))
@@ -243,14 +252,16 @@ class _Case:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             self._tls_files = Authority(folder).issue("benchmark")
         holder = self._stack.enter_context(
-            _holder_process(self._chunk_bytes, nixl="nixl" in self._methods, tls=self._tls_files)
+            _holder_process(
+                self._chunk_bytes, nixl=bool(_NIXL_METHODS.intersection(self._methods)), tls=self._tls_files
+            )
         )
         self._holder_pids = holder.pids
         ours = _hello("fetcher", self._chunk_bytes)
         for method in self._methods:
             port = holder.ports.get(method, holder.ports["tcp"])
             target = PeerTarget(_HOLDER, _INCARNATION, _HOST, port, ("shm", "nixl", "tcp"))
-            self._fetches[method] = self._prepare(method, target, ours, pool, holder.socket_port)
+            self._fetches[method] = self._prepare(method, target, ours, pool, holder)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -295,7 +306,7 @@ class _Case:
         tasks = (task for pid in self._holder_pids for task in Path(f"/proc/{pid}/task").iterdir())
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
-    def _prepare(self, method: str, target: PeerTarget, ours: Hello, pool: HostPool, socket_port: int) -> Fetch:
+    def _prepare(self, method: str, target: PeerTarget, ours: Hello, pool: HostPool, holder: _Holder) -> Fetch:
         if method == "memcpy":
             source = self._stack.enter_context(closing(HostPool.create(pool.slots, pool.chunk_bytes)))
             for slot in range(pool.slots):
@@ -311,14 +322,18 @@ class _Case:
             self._holder_pids.append(values.pid)
             return lambda batch: values.fetch(pool, batch)
         if method == "socket":
-            raw = self._stack.enter_context(socket.create_connection((_HOST, socket_port)))
+            raw = self._stack.enter_context(socket.create_connection((_HOST, holder.socket_port)))
             return lambda batch: _receive(raw, pool, batch)
+        if method == "nixl-raw":
+            prepare_environment(_HOST)
+            nixl = self._stack.enter_context(closing(RawNixl(pool, holder.nixl_metadata, holder.nixl_addresses)))
+            return nixl.fetch
         transport: PeerTransport
-        if method == "nixl":
+        if method in _NIXL_METHODS:
             from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415 - half a second and 50 MB
 
             prepare_environment(_HOST)
-            transport = NixlTransport(target, ours, pool)
+            transport = NixlTransport(target, ours, pool, verify=method == "nixl")
         elif method in {"shm", "shm-unchecked"}:
             transport = ShmTransport(target, ours, pool, threads=self._connections, verify=method == "shm")
         else:
@@ -388,6 +403,9 @@ class _Holder(msgspec.Struct):
     """By method."""
     socket_port: int
     pids: list[int]
+    nixl_metadata: bytes
+    nixl_addresses: list[int]
+    """Of the slots, in the process that serves NIXL."""
 
 
 @contextmanager
@@ -423,7 +441,7 @@ def main() -> None:
         generation, digest = ledger.publish(slot, _key(slot)), xxhash.xxh3_128_digest(row)
         ledger.set_checksum(slot, generation, digest)
         where[bytes(_key(slot))] = Located(slot, generation, digest)
-    pids, holder = [os.getpid()], None
+    pids, holder, metadata, addresses = [os.getpid()], None, b"", list[int]()
     if nixl:
         from kvmesh.transfer.nixl_holder import NixlHolder  # noqa: PLC0415 - as above
 
@@ -431,6 +449,7 @@ def main() -> None:
         holder.start()
         assert holder.pid is not None
         pids.append(holder.pid)
+        metadata, (_, addresses) = holder.describe().metadata, holder.addresses(range(slots))
     servers = {}
     shm = ShmHolder(pool, ledger, _INCARNATION)
     for method, security in {"tcp": OPEN, **_securities(TlsFiles(*tls) if tls else None)}.items():
@@ -449,7 +468,7 @@ def main() -> None:
     listener = socket.create_server((_HOST, 0))
     threading.Thread(target=_serve_socket, args=(listener, pool), daemon=True).start()
     ports = {method: server.port for method, server in servers.items()}
-    ready = _Holder(ports, listener.getsockname()[1], pids)
+    ready = _Holder(ports, listener.getsockname()[1], pids, metadata, addresses)
     sys.stdout.buffer.write(msgspec.json.encode(ready) + b"\n")
     sys.stdout.buffer.flush()
     sys.stdin.buffer.read()

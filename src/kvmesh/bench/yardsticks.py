@@ -1,4 +1,4 @@
-"""Other people's programs as yardsticks for transfers, where they are installed: Redis and iperf3, on loopback."""
+"""Other people's programs as yardsticks for transfers, where they are installed: Redis, iperf3 and NIXL alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvmesh.bench.cluster import HOST, free_ports
 from kvmesh.errors import StartupError
+from kvmesh.transfer.nixl_agent import Agent
 from kvmesh.transfer.pool import HostPool
 
 START_TIMEOUT_S = 20.0
@@ -85,6 +86,36 @@ def _connect(port: int) -> socket.socket:
         sock.close()
         time.sleep(0.02)
     raise StartupError("redis", expected=f"a server that listens within {START_TIMEOUT_S:g} s", found="none")
+
+
+class RawNixl:
+    """NIXL with nothing of ours around it: one READ for a whole batch, looked at without a pause, nothing checked."""
+
+    def __init__(self, pool: HostPool, metadata: bytes, addresses: Sequence[int]) -> None:
+        """
+        Args:
+            pool: where to read to.
+            metadata: that of the holder's agent.
+            addresses: of the holder's slots, in its process.
+        """
+        self._chunk_bytes = pool.chunk_bytes
+        regions = pool.regions()
+        self._local = [regions[segment][0] + offset for segment, offset in map(pool.place, range(pool.slots))]
+        self._remote = list(addresses)
+        self._agent = Agent("yardstick", progress_thread=False)
+        self._agent.register(regions)
+        self._peer = self._agent.add_peer(metadata)
+
+    def close(self) -> None:
+        self._agent.destroy()
+
+    def fetch(self, batch: int) -> None:
+        """Read the first `batch` slots."""
+        local, remote = ([(at, self._chunk_bytes) for at in where[:batch]] for where in (self._local, self._remote))
+        read = self._agent.read(local, remote, self._peer)
+        while not self._agent.is_done(read):
+            pass
+        self._agent.release(read)
 
 
 def iperf3_gb_per_s(seconds: int = 3) -> float | None:

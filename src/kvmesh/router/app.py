@@ -117,7 +117,7 @@ class App:
         if metrics.inflight >= settings.max_requests:
             text = f"{settings.max_requests} requests are under way, which is max_requests"
             raise RouterError(503, "too_many_requests", text, retry_after_s=1)
-        target = request.path_qs if request.message.path[:1] != "/" else request.message.path
+        target = request.path_qs if request.raw_path[:1] != "/" else request.raw_path
         if target[:1] != "/" or "upgrade" in request.headers.get("Connection", "").lower():
             raise RouterError(501, "not_supported", "the router forwards plain HTTP requests; connect to an engine")
         metrics.inflight += 1

@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-from collections.abc import Sequence
+
+from kvmesh.bench.namespaces import name_of, remove_left, run
 
 NOWHERE = "02:00:00:00:de:ad"
 CONTROLLER_HOLDER, HOLDER_CONTROL = "198.18.241.1", "198.18.241.2"
@@ -48,14 +48,14 @@ class Network:
     """Makes the namespaces, and takes them away again."""
 
     def __init__(self, name: str = "") -> None:
-        tag = f"kvmesh-{os.getpid()}-{name}"
-        self.holder = f"{tag}-holder"
-        self.reader = f"{tag}-reader"
+        self.holder = name_of(f"{name}-holder")
+        self.reader = name_of(f"{name}-reader")
         self._outside = [f"kv{os.getpid() % 100000}{letter}" for letter in "hr"]
         """Our ends of the control links; a device's name has at most 15 characters."""
 
     def open(self) -> None:
         """Make everything. Raises OSError in words."""
+        remove_left()
         for space in (self.holder, self.reader):
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
@@ -104,12 +104,12 @@ class Network:
             with contextlib.suppress(OSError):
                 _ip("-n", space, "neigh", "del", address, "dev", device)
         with contextlib.suppress(OSError):
-            _run("tc", "-n", self.holder, "qdisc", "del", "dev", DATA, "root")
+            run("tc", "-n", self.holder, "qdisc", "del", "dev", DATA, "root")
 
     def slow_down(self, rate: str) -> None:
         """Let the holder send at most at `rate` (as tc writes it, such as 8mbit)."""
         bucket = ("tbf", "rate", rate, "burst", "32kb", "latency", "100ms")
-        _run("tc", "-n", self.holder, "qdisc", "add", "dev", DATA, "root", *bucket)
+        run("tc", "-n", self.holder, "qdisc", "add", "dev", DATA, "root", *bucket)
 
     @staticmethod
     def _up(space: str, device: str, address: str) -> None:
@@ -122,14 +122,4 @@ def _lose(space: str, address: str, device: str) -> None:
 
 
 def _ip(*arguments: str) -> None:
-    _run("ip", *arguments)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{_words(command)}: {done.stderr.strip() or done.returncode}")
-
-
-def _words(command: Sequence[str]) -> str:
-    return " ".join(command)
+    run("ip", *arguments)
