@@ -32,7 +32,12 @@ from kvmesh.models import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "deploy" / "docker"
-PACKAGES = {"docker": "docker.io", "docker-compose": "docker-compose", "debootstrap": "debootstrap"}
+PACKAGES = {
+    "docker": "docker.io",
+    "docker-compose": "docker-compose",
+    "debootstrap": "debootstrap",
+    "iptables": "iptables",
+}
 """Programs, and what Debian calls their packages."""
 IN_BASE = "python3,python3-venv,python3-pip,ca-certificates,libnuma1,libgomp1"
 BASE, VLLM_BASE = "debian-python:3.11", "vllm-cpu:check"
@@ -97,7 +102,7 @@ def install_missing() -> None:
         say(f"installing Debian packages: {' '.join(missing)}")
         run("apt-get", "update", "-qq")
         quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing, "iptables", env=quiet)
+        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing, env=quiet)
 
 
 @contextlib.contextmanager

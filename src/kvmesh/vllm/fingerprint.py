@@ -160,13 +160,9 @@ def _options(model: Any) -> str:
     configuration or quantized while they are loaded make KV that is not interchangeable.
     """
     found = []
-    overrides = getattr(model, "hf_overrides", None)
-    if callable(overrides):
-        found.append(f"hf_overrides {getattr(overrides, '__module__', '')}.{getattr(overrides, '__qualname__', '')}")
-    elif overrides:
-        found.append(f"hf_overrides {_config_digest(json.dumps(overrides, sort_keys=True, default=str))}")
-    if path := getattr(model, "hf_config_path", None):
-        found.append(f"hf_config_path {Path(str(path)).name}")
+    changed = [name for name in ("hf_overrides", "hf_config_path") if getattr(model, name, None)]
+    if changed:
+        found.append(f"{' and '.join(changed)}, config {_effective_config(model.hf_config)}")
     quantization = getattr(model, "quantization", None)
     if quantization and not getattr(getattr(model, "hf_config", None), "quantization_config", None):
         found.append(f"quantization {quantization}")
@@ -185,6 +181,14 @@ def _has_long_rope(model: Any) -> bool:
     original = original or getattr(config, "original_max_position_embeddings", None)
     longest = getattr(model, "max_model_len", None)
     return isinstance(original, int) and isinstance(longest, int) and longest > original
+
+
+def _effective_config(hf_config: Any) -> str:
+    """Digest of the configuration as vLLM has made it, wherever it came from."""
+    fields = json.loads(hf_config.to_json_string())
+    for origin in ("_name_or_path", "transformers_version"):
+        fields.pop(origin, None)
+    return _config_digest(json.dumps(fields, sort_keys=True))
 
 
 def _config_digest(text: str) -> str:

@@ -142,8 +142,8 @@ LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     ("options", "told"),
     [
         ({"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}}, "hf_overrides"),
-        ({"hf_overrides": _other_config}, "_other_config"),
-        ({"hf_config_path": "/models/another"}, "hf_config_path another"),
+        ({"hf_overrides": _other_config}, "hf_overrides"),
+        ({"hf_config_path": "/models/another"}, "hf_config_path"),
         ({"quantization": "fp8"}, "quantization fp8"),
         ({"hf_text_config": SimpleNamespace(rope_parameters=LONGROPE), "max_model_len": 8192}, "long rotary"),
     ],
@@ -163,6 +163,23 @@ def test_options_that_change_what_the_files_say_count(model, options, told):
     )
     assert difference.field == "model_weights"
     assert model_facts(config) == facts
+
+
+@pytest.mark.parametrize("option", [{"hf_overrides": _other_config}, {"hf_config_path": "/models/a/config"}])
+def test_it_is_the_configuration_that_counts_not_the_name_of_what_made_it(model, option):
+    """Functions and folders of one name may say different things; the same thing may lie in different folders."""
+
+    def told(effective: dict[str, object]) -> str:
+        config = make_vllm_config()
+        config.model_config.model = str(model)
+        config.load_config.load_format = "auto"
+        config.model_config.hf_config = SimpleNamespace(to_json_string=lambda: json.dumps(effective))
+        for name, value in option.items():
+            setattr(config.model_config, name, value)
+        return model_facts(config)["model_weights"]
+
+    assert told({"rope_theta": 10_000}) != told({"rope_theta": 500_000})
+    assert told({"layers": 2, "_name_or_path": "/a"}) == told({"_name_or_path": "/b", "layers": 2})
 
 
 @pytest.mark.parametrize(
