@@ -365,7 +365,10 @@ def _receive(raw: socket.socket, pool: HostPool, batch: int) -> None:
     for slot in range(batch):
         row, received = pool.row(slot), 0
         while received < len(row):
-            received += raw.recv_into(row[received:])
+            count = raw.recv_into(row[received:])
+            if not count:
+                raise TransferError("benchmark over a raw socket", found="the holder has ended")
+            received += count
 
 
 def _fetch(transport: PeerTransport, batch: int) -> None:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvmesh.bench.cluster import HOST, free_ports
-from kvmesh.errors import StartupError
+from kvmesh.errors import StartupError, TransferError
 from kvmesh.transfer.nixl_agent import Agent
 from kvmesh.transfer.pool import HostPool
 
 START_TIMEOUT_S = 20.0
+READ_TIMEOUT_S = 60.0
 
 
 def redis_program() -> str | None:
@@ -110,11 +111,13 @@ class RawNixl:
         self._agent.destroy()
 
     def fetch(self, batch: int) -> None:
-        """Read the first `batch` slots."""
+        """Read the first `batch` slots. Raises TransferError when the holder is lost or does not answer."""
         local, remote = ([(at, self._chunk_bytes) for at in where[:batch]] for where in (self._local, self._remote))
         read = self._agent.read(local, remote, self._peer)
+        until_s = time.monotonic() + READ_TIMEOUT_S
         while not self._agent.is_done(read):
-            pass
+            if time.monotonic() > until_s:
+                raise TransferError("NIXL alone", found=f"a READ that takes longer than {READ_TIMEOUT_S:g} s")
         self._agent.release(read)
 
 
