@@ -12,7 +12,7 @@ import pytest
 from kvmesh.bench.cluster import Controller, Instance, complete, instance_config, metric, wait_healthy
 from kvmesh.models import TINY, make_tiny_llama
 from support.prefork import PreforkedInstance
-from support.servers import STEADY, PoolView, node_of, pulled, token_prompt, words
+from support.servers import PATIENT, STEADY, PoolView, node_of, pulled, token_prompt, words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -67,7 +67,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     model = make_tiny_llama(shape=TINY)
     config = STEADY | {"max_local_cpu_size": POOL_GB, "chunk_size": CHUNK_TOKENS}
     with contextlib.ExitStack() as stack:
-        controller = Controller(folder)
+        controller = Controller(folder, arguments=PATIENT)
         stack.callback(controller.stop)
         controller.start()
         wait_healthy(controller, timeout_s=60)

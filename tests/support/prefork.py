@@ -49,6 +49,13 @@ PRELOAD = (
     "kvmesh.vllm.spec",
     "kvmesh.vllm.tier",
 )
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # With tensor parallelism each rank has its embedding compiled as C++, for longer than all the rest of a test takes.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""Read when PyTorch and vLLM are imported, so the same for all servers."""
 
 
 class Job(NamedTuple):
@@ -114,7 +121,7 @@ class Forker:
             [sys.executable, "-m", "support.prefork", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": path, **ENVIRONMENT},
             start_new_session=True,
         )
         theirs.close()

@@ -38,10 +38,18 @@ NO_CONTROLLER: Mapping[str, object] = {
     "controller_reply_url": None,
 }
 """For another directory."""
-STEADY = {"fetch_gate": "off", "fetch_timeout_s": 60.0, "stall_timeout_s": 20.0}
+PATIENCE_S = 60.0
+STEADY = {
+    "fetch_gate": "off",
+    "fetch_timeout_s": PATIENCE_S,
+    "stall_timeout_s": 20.0,
+    "instance_timeout_s": PATIENCE_S,
+}
 """So small a model on so busy a machine may well be quicker to compute than to fetch, and a holder may get no processor
-for seconds.
+for seconds (seen: ten, on an otherwise idle machine).
 """
+PATIENT = ("--instance-timeout", f"{PATIENCE_S:g}")
+"""The same for a controller."""
 
 
 @contextlib.contextmanager
@@ -54,13 +62,14 @@ def running_pair(
     max_model_len: int = 8192,
     env: Mapping[str, str] | None = None,
     without_directory: bool = False,
+    controller_arguments: Sequence[str] = PATIENT,
 ) -> Iterator[Pair]:
-    """A controller and two instances that know each other; everything ends with the block. Unless `config` says
-    otherwise, whatever a peer holds is fetched. `without_directory`: they have each other as `static_peers`, and the
-    controller hears nothing.
+    """A controller and two instances that know each other; everything ends with the block. Unless `config` and
+    `controller_arguments` say otherwise, whatever a peer holds is fetched, and nobody is given up for being slow.
+    `without_directory`: they have each other as `static_peers`, and the controller hears nothing.
     """
     with contextlib.ExitStack() as stack:
-        controller = Controller(folder)
+        controller = Controller(folder, arguments=controller_arguments)
         stack.callback(controller.stop)
         controller.start()
         wait_healthy(controller, timeout_s=60)
