@@ -26,9 +26,11 @@ MIN_BUCKET_BYTES = 128 << 10
 class Star:
     """Makes the namespaces, and takes them away again."""
 
-    def __init__(self, holders: int) -> None:
-        self.holders = [name_of(f"holder-{number}") for number in range(holders)]
-        self.reader = name_of("reader")
+    def __init__(self, holders: int, first_net: int = 0) -> None:
+        """`first_net`: stars that are open at the same time need networks of their own, `holders` + 1 each."""
+        self._first_net = first_net
+        self.holders = [name_of(f"holder-{first_net + number}") for number in range(holders)]
+        self.reader = name_of(f"reader-{first_net}")
 
     def open(self) -> None:
         """Make everything, without limits. Raises OSError in words."""
@@ -36,7 +38,7 @@ class Star:
         for number, space in enumerate((*self.holders, self.reader)):
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
-            outside = f"kvm{os.getpid() % 100000}-{number}"
+            outside = f"kvm{os.getpid() % 100000}-{self._first_net + number}"
             _ip("link", "add", outside, "type", "veth", "peer", "name", "control", "netns", space)
             _ip("-n", space, "addr", "add", f"{self.control_address(number)}/24", "dev", "control")
             _ip("-n", space, "link", "set", "control", "up")
@@ -47,7 +49,7 @@ class Star:
             _ip("-n", self.reader, "link", "add", device, "type", "veth", "peer", "name", "data", "netns", space)
             for where, name, address in (
                 (space, "data", self.holder_address(number)),
-                (self.reader, device, DATA_NET.format(number) + ".2"),
+                (self.reader, device, DATA_NET.format(self._first_net + number) + ".2"),
             ):
                 _ip("-n", where, "addr", "add", f"{address}/24", "dev", name)
                 _ip("-n", where, "link", "set", name, "up")
@@ -68,20 +70,17 @@ class Star:
                 rate = ("tbf", "rate", f"{mbit_s:g}mbit", "burst", f"{bucket}b", "latency", "100ms")
                 run("tc", "-n", space, "qdisc", "add", "dev", "data", "root", *rate)
 
-    @staticmethod
-    def holder_address(number: int) -> str:
+    def holder_address(self, number: int) -> str:
         """Where holder `number` serves."""
-        return DATA_NET.format(number) + ".1"
+        return DATA_NET.format(self._first_net + number) + ".1"
 
-    @staticmethod
-    def control_address(number: int) -> str:
+    def control_address(self, number: int) -> str:
         """Of a namespace towards the controller; the reader's number is the count of holders."""
-        return CONTROL_NET.format(number) + ".2"
+        return CONTROL_NET.format(self._first_net + number) + ".2"
 
-    @staticmethod
-    def controller_address(number: int) -> str:
+    def controller_address(self, number: int) -> str:
         """The controller's address as that namespace knows it."""
-        return CONTROL_NET.format(number) + ".1"
+        return CONTROL_NET.format(self._first_net + number) + ".1"
 
     @staticmethod
     def inside(space: str) -> list[str]:

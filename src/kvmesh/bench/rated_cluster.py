@@ -31,13 +31,14 @@ class RatedCluster:
         tokens_per_s: float,
         like_kv: bool = False,
         wire_codec: WireCodec = "none",
+        first_net: int = 0,
         **keys: object,
     ) -> None:
         """`keys` are configuration keys of the reader, `wire_codec` is everybody's; `like_kv` makes chunks that shrink
-        as KV does.
+        as KV does; `first_net` is the star's.
         """
         self._wire_codec: WireCodec = wire_codec
-        self.star = Star(holders)
+        self.star = Star(holders, first_net)
         self._shape = {
             "slots": slots,
             "chunk_bytes": chunk_bytes,

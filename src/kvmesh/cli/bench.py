@@ -30,7 +30,9 @@ MIN_CHUNK_MIB = 4096 / (1 << 20)
 def ttft(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "4000,6000",
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per length.")] = 5,
-    channel: Annotated[str, typer.Option(help="transfer_channel of both instances.")] = "tcp",
+    channel: Annotated[
+        str, typer.Option(help="transfer_channel of both instances: auto (shm within one host), tcp, shm or nixl.")
+    ] = "auto",
     shape: Annotated[str, typer.Option(help="Random Llama: thin (8 KiB of KV per token) or bench (32 KiB).")] = "thin",
     as_json: JsonFlag = False,
     quick: Annotated[bool, typer.Option("--quick", help="One length, two prompts.")] = False,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import xxhash
@@ -52,7 +53,7 @@ from kvmesh.wire.peer import (
 
 log = logging.getLogger(__name__)
 
-RUN_BYTES = 16 << 20
+RUN_BYTES = 8 << 20
 """Chunks of one READ and of one Validate."""
 RUNS_AHEAD = 2
 LANES_KEPT, MAX_LANES = 2, 4
@@ -186,7 +187,7 @@ class NixlTransport:
         self._security = security
         self._pool = pool
         self._backends = tuple(backends)
-        self._verify = verify
+        self._hasher = ThreadPoolExecutor(max_lanes, f"kvmesh-nixl-{target.instance_id}") if verify else None
         self._run_chunks = max(1, min(MAX_KEYS, RUN_BYTES // pool.chunk_bytes))
         self._lanes = Leases(
             self._dial, peer=str(target), keep=LANES_KEPT, limit=max_lanes, longest_dial_s=LONGEST_DIAL_S
@@ -232,6 +233,8 @@ class NixlTransport:
     def close(self) -> None:
         """Drop connections (see `PeerTransport`)."""
         self._lanes.close()
+        if self._hasher is not None:
+            self._hasher.shutdown(wait=False)
 
     def _work(self, book: FetchBook, deadline: Deadline) -> None:
         for fresh in (False, True):
@@ -247,7 +250,7 @@ class NixlTransport:
     def _pull(self, book: FetchBook, lease: Lease[NixlLane], deadline: Deadline) -> bool:
         """Work on one lane; False when it was an old one that had died while idle: a new one should be tried."""
         lane = lease.connection
-        pull = _Pull(book, deadline, self._pool, lane, self._run_chunks, verify=self._verify)
+        pull = _Pull(book, deadline, self._pool, lane, self._run_chunks, self._hasher)
         try:
             pull.run()
         except KVMeshError as error:
@@ -295,38 +298,60 @@ class _Run(NamedTuple):
     places: list[Place]
 
 
+class _Arrived(NamedTuple):
+    """A run whose bytes are here, and of which the holder has been asked whether they are what was wanted."""
+
+    run: _Run
+    digests: Future[list[bytes]] | None
+
+
 class _Pull:
-    """One fetch over one lane."""
+    """One fetch over one lane.
+
+    While the holder says whether a run is valid, and a thread of ours hashes it, the next ones are being read.
+    """
 
     def __init__(
-        self, book: FetchBook, deadline: Deadline, pool: HostPool, lane: NixlLane, run_chunks: int, *, verify: bool
+        self,
+        book: FetchBook,
+        deadline: Deadline,
+        pool: HostPool,
+        lane: NixlLane,
+        run_chunks: int,
+        hasher: Executor | None,
     ) -> None:
         self._book = book
         self._deadline = deadline
         self._pool = pool
         self._lane = lane
         self._run_chunks = run_chunks
-        self._verify = verify
+        self._hasher = hasher
         self._resolved: dict[int, Place] = {}
         self._runs: deque[_Run] = deque()
+        self._arrived: _Arrived | None = None
         self.has_resolved = False
         """The peer has answered on this lane."""
 
     def run(self) -> None:
         """Pull until nothing is left. Raises KVMeshError, with the undecided items still on our list."""
-        while self._read_ahead():
-            run = self._runs[0]
-            self._lane.wait(run.read, self._deadline)
-            self._decide(run)
-            self._runs.popleft()
-            self._book.report()
+        try:
+            while self._read_ahead() or self._arrived is not None:
+                self._decide()
+                if self._runs:
+                    self._lane.wait(self._runs[0].read, self._deadline)
+                    self._arrive()
+        finally:
+            if self._arrived is not None and self._arrived.digests is not None:
+                wait([self._arrived.digests])  # it reads our slots
 
     def give_up(self, reason: MissReason) -> None:
         """Decide what was being read, and have the rest not read."""
-        for run in self._runs:
+        undecided = [*self._runs] if self._arrived is None else [self._arrived.run, *self._runs]
+        for run in undecided:
             for item in run.items:
                 self._book.miss(item, reason)
         self._runs.clear()
+        self._arrived = None
         self._book.end(reason)
 
     def _read_ahead(self) -> bool:
@@ -344,6 +369,7 @@ class _Pull:
         """The next items and where they are; the run ends before the first chunk that the holder does not have."""
         start = self._book.taken
         if start not in self._resolved:
+            self._decide()  # its answer comes before that to the next request
             self._resolve(start)
         items = self._book.take(self._run_chunks)
         places = []
@@ -376,18 +402,37 @@ class _Pull:
             self._resolved[item] = place
         self.has_resolved = True
 
-    def _decide(self, run: _Run) -> None:
-        """Ask whether the slots still hold what was resolved, now that the bytes are here, and check these."""
+    def _arrive(self) -> None:
+        """The first run is here. Have it hashed, and ask whether the slots still hold what was resolved."""
+        run = self._runs[0]
+        rows = [self._pool.row(self._book.items[item].slot) for item in run.items]
+        digests = None if self._hasher is None else self._hasher.submit(_hash, rows)
+        self._arrived = _Arrived(self._runs.popleft(), digests)
         asked = [SlotGeneration(place.slot, place.generation) for place in run.places]
-        answer = self._lane.link.request(Validate(asked), Validated, self._deadline)
-        if len(answer.checksums) != len(asked):
-            raise PeerProtocolError(self._lane.link.peer, expected=f"{len(asked)} checksums", found="another number")
-        for item, checksum in zip(run.items, answer.checksums, strict=True):
+        self._lane.link.send(Validate(asked), self._deadline)
+
+    def _decide(self) -> None:
+        """Take in the answer for the run that has arrived, if there is one."""
+        if self._arrived is None:
+            return
+        run, hashing = self._arrived
+        answer = self._lane.link.receive(Validated, self._deadline)
+        if len(answer.checksums) != len(run.items):
+            expected = f"{len(run.items)} checksums"
+            raise PeerProtocolError(self._lane.link.peer, expected=expected, found="another number")
+        digests = answer.checksums if hashing is None else hashing.result()
+        self._arrived = None
+        for item, checksum, digest in zip(run.items, answer.checksums, digests, strict=True):
             if not checksum:
                 self._book.miss(item, MissReason.STALE)
-            elif self._verify and xxhash.xxh3_128_digest(self._pool.row(self._book.items[item].slot)) != checksum:
+            elif digest != checksum:
                 self._book.miss(item, MissReason.CORRUPT)
             else:
                 self._book.hit(item, checksum)
                 continue
             self._book.end(MissReason.TRUNCATED)
+        self._book.report()
+
+
+def _hash(rows: Sequence[memoryview]) -> list[bytes]:
+    return [xxhash.xxh3_128_digest(row) for row in rows]
