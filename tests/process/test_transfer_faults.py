@@ -16,6 +16,7 @@ import pytest
 
 from kvmesh.core.reasons import MissReason
 from kvmesh.transfer.base import Deadline
+from kvmesh.transfer.factory import choose
 from kvmesh.transfer.nixl import NixlTransport
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
@@ -281,6 +282,27 @@ def test_the_process_that_serves_nixl_is_replaced_when_it_dies(setup):
     assert set(found) <= {None, MissReason.PEER_LOST}
     fetcher.fetch_until_whole()
     holder.nixl_pid = holder.tell("statistics")["nixl_pid"]
+
+
+@only_nixl
+def test_a_fabric_that_does_not_lead_to_the_peer_costs_no_hits(setup, monkeypatch):
+    """NIXL is there on both sides and cannot connect: the bytes come over tcp, and over nixl once it can."""
+    holder = setup.holder()
+    monkeypatch.setenv("UCX_TLS", "rc")  # no such device here
+    pool = setup.stack.enter_context(contextlib.closing(HostPool.create(CHUNKS, CHUNK_BYTES)))
+    options = {"host": "127.0.0.1", "security": environment_security()}
+    ways = choose("nixl", holder.target, OURS, pool, **options).transport
+    assert ways.name == "nixl"
+    assert {outcome.reason for outcome in ways.fetch(items(CHUNKS), soon())} == {None}
+    assert ways.name == "tcp"
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    until_s = time.monotonic() + 60
+    while ways.name == "tcp":
+        assert time.monotonic() < until_s
+        assert {outcome.reason for outcome in ways.fetch(items(8), soon())} == {None}
+    assert {outcome.reason for outcome in ways.fetch(items(CHUNKS), soon())} == {None}
+    assert ways.name == "nixl"
+    ways.close()
 
 
 @only_nixl

@@ -85,8 +85,10 @@ class TransportStatistics(NamedTuple):
 class PeerTransport(Protocol):
     """One peer, reached in one way. `fetch` may be called from several threads at a time."""
 
-    name: str
-    """`tcp`, `shm`, `nixl` or `fake`: the label in metrics."""
+    @property
+    def name(self) -> str:
+        """`tcp`, `shm`, `nixl` or `fake`: the label in metrics."""
+        ...
 
     def warm_up(self, deadline: Deadline) -> MissReason | None:
         """Connect now, so that the first fetch does not have to; None on success. Blocks its thread, never raises.

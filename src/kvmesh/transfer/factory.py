@@ -9,6 +9,7 @@ from typing import NamedTuple
 from kvmesh.errors import StartupError
 from kvmesh.transfer.base import PeerTransport
 from kvmesh.transfer.coding import Coding
+from kvmesh.transfer.fallback import FallbackTransport
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.nixl_agent import prepare_environment, unavailable
 from kvmesh.transfer.pool import HostPool
@@ -127,15 +128,16 @@ def choose(
         why_not_shared=lambda: why_not_shared(target.port, target.incarnation),
         rdma=rdma,
     )
-    if choice.name == "shm":
-        shm = ShmTransport(target, ours, pool, threads=connections, verify=verify, security=security)
-        return Chosen(shm, choice.reason)
+    tcp = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security, coding=coding)
     if choice.name == "tcp":
-        tcp = TcpTransport(target, ours, pool, connections=connections, verify=verify, security=security, coding=coding)
         return Chosen(tcp, choice.reason)
-    # NIXL takes half a second and 50 MB to load, and most nodes do without it.
-    from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415
+    better: PeerTransport
+    if choice.name == "shm":
+        better = ShmTransport(target, ours, pool, threads=connections, verify=verify, security=security)
+    else:
+        # NIXL takes half a second and 50 MB to load, and most nodes do without it.
+        from kvmesh.transfer.nixl import NixlTransport  # noqa: PLC0415
 
-    prepare_environment(host)
-    nixl = NixlTransport(target, ours, pool, backends=nixl_backends, verify=verify, security=security)
-    return Chosen(nixl, choice.reason)
+        prepare_environment(host)
+        better = NixlTransport(target, ours, pool, backends=nixl_backends, verify=verify, security=security)
+    return Chosen(FallbackTransport(better, tcp, str(target)), choice.reason)

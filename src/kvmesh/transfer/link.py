@@ -118,7 +118,7 @@ class PeerLink:
         if isinstance(answer, kind):
             return answer
         if isinstance(answer, Refused):
-            raise _refusal(answer, self.peer)
+            raise refusal(answer, self.peer)
         raise PeerProtocolError(self.peer, expected=kind.__name__, found=type(answer).__name__)
 
     def request(self, message: Message, kind: type[_A], deadline: Deadline) -> _A:
@@ -169,11 +169,12 @@ def _greeting(payload: bytes, peer: str) -> Hello:
     except MessageError as violation:
         raise PeerProtocolError(peer, expected="a kvmesh node's Hello", found=str(violation)) from None
     if isinstance(greeting, Refused):
-        raise _refusal(greeting, peer)
+        raise refusal(greeting, peer)
     return greeting
 
 
-def _refusal(refused: Refused, peer: str) -> PeerRefusedError | PeerAuthenticationError:
+def refusal(refused: Refused, peer: str) -> PeerRefusedError | PeerAuthenticationError:
+    """What to raise for a peer's answer that it will not."""
     kind = PeerAuthenticationError if refused.code == UNAUTHENTICATED else PeerRefusedError
     return kind(peer, found=f"refused ({refused.code}): {refused.text}")
 
@@ -187,7 +188,7 @@ def _authenticate(stream: PeerStream, key: PeerKey, ours: bytes, theirs: bytes, 
     except MessageError as violation:
         raise PeerProtocolError(stream.peer, expected="a Proof", found=str(violation)) from None
     if isinstance(answer, Refused):
-        raise _refusal(answer, stream.peer)
+        raise refusal(answer, stream.peer)
     if not handshake.accepts(answer.proof):
         raise PeerAuthenticationError(stream.peer, expected="a proof of our cluster key", found="another one")
     stream.secure(handshake.session())

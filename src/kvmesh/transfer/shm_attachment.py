@@ -17,7 +17,7 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.ledger_index import LedgerIndex
 from kvmesh.errors import PeerClosedError, PeerProtocolError
 from kvmesh.transfer.base import Deadline
-from kvmesh.transfer.link import PeerLink, PeerTarget
+from kvmesh.transfer.link import PeerLink, PeerTarget, refusal
 from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.shm_holder import socket_address
 from kvmesh.transfer.unix_stream import UnixStream, close_all, connect_unix
@@ -120,9 +120,9 @@ def _receive(stream: UnixStream, deadline: Deadline) -> tuple[ShmAttached, list[
     if isinstance(answer, ShmAttached) and len(descriptors) == len(answer.segments) + 1:
         return answer, descriptors
     close_all(descriptors)
-    found = f"{type(answer).__name__} with {len(descriptors)} descriptors"
     if isinstance(answer, Refused):
-        found = f"refused ({answer.code}): {answer.text}"
+        raise refusal(answer, stream.peer)
+    found = f"{type(answer).__name__} with {len(descriptors)} descriptors"
     raise PeerProtocolError(stream.peer, expected="ShmAttached and its descriptors", found=found)
 
 

@@ -191,7 +191,7 @@ def test_a_node_of_this_host_is_seen_without_asking_anybody(store, pool):
     ours = hello(CHUNK_BYTES, "me", "0" * 16)
     with serving(store) as server:
         assert why_not_shared(server.port, HOLDER_INCARNATION) is None
-        assert isinstance(choose("auto", target(server.port), ours, pool, host="127.0.0.1").transport, ShmTransport)
+        assert choose("auto", target(server.port), ours, pool, host="127.0.0.1").transport.name == "shm"
         elsewhere = choose("shm", target(server.port, OTHER_INCARNATION), ours, pool, host="127.0.0.1")
         assert isinstance(elsewhere.transport, TcpTransport)
         assert "not on this host" in elsewhere.reason
@@ -321,6 +321,12 @@ def test_more_nodes_than_may_share_are_refused(store, pool, monkeypatch):
             assert second.warm_up(soon()) is not None
             assert "share our memory already" in second.statistics().last_error
         assert reasons(first.fetch(items(1), soon())) == [None]
+        at = target(server.port)
+        chosen = choose("shm", at, hello(CHUNK_BYTES), pool, host="127.0.0.1").transport
+        assert chosen.name == "shm"
+        assert reasons(chosen.fetch(items(CHUNKS), soon())) == [None] * CHUNKS, "over tcp"
+        assert chosen.name == "tcp"
+        chosen.close()
 
 
 def test_a_start_without_what_it_needs_says_what_to_do(store, monkeypatch):
