@@ -42,6 +42,8 @@ GRACE_S = 2.0
 """How long past its deadline a job may be out before the node is killed."""
 DEAF_S = 10.0
 """How long the node may leave its link unread before it is killed: nothing piles up behind a stopped node for ever."""
+STOPPED_S = 0.5
+"""A wait that took so much longer than asked for says that this process did not run."""
 FIRST_RESTART_DELAY_S = 0.2
 LONGEST_RESTART_DELAY_S = 5.0
 MAX_OUTGOING = 10_000
@@ -341,7 +343,7 @@ class NodeHandle:
         poller = select.poll()
         poller.register(connection, select.POLLIN)
         while not self._closing.is_set():
-            if not poller.poll(self._patience_s() * 1000):
+            if not self._wait(poller):
                 self._kill_if_late()
                 continue
             try:
@@ -402,6 +404,23 @@ class NodeHandle:
             self._finished.append(FinishedJob(*msgspec.structs.astuple(message)))
             del self._jobs[message.job_id]
         self._wake_drain()
+
+    def _wait(self, poller: select.poll) -> bool:
+        """Whether the node has said something. When it is we who were stopped meanwhile (a paused container, a machine
+        that gave us no processor), the node is not late for it.
+        """
+        patience_s, since_s = self._patience_s(), time.monotonic()
+        is_readable = bool(poller.poll(patience_s * 1000))
+        now_s = time.monotonic()
+        stopped_s = now_s - since_s - patience_s
+        if stopped_s > STOPPED_S:
+            with self._lock:
+                for job_id, job in self._jobs.items():
+                    give_up_s = max(job.give_up_s + stopped_s, now_s + GRACE_S)
+                    self._jobs[job_id] = job._replace(give_up_s=give_up_s)
+            if self._sending_since_s is not None:
+                self._sending_since_s = now_s
+        return is_readable
 
     def _patience_s(self) -> float:
         """How long to wait for the node's next word: until the first job is late, but not for ever."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -266,6 +267,28 @@ def test_a_node_that_talks_but_does_not_listen_is_killed(make, monkeypatch):
     handle._sending_since_s = time.monotonic() - 1
     handle.script = f"{said(READY)} linger"
     wait_for(lambda: handle.restarts >= 1)
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_a_node_is_not_killed_because_the_engine_was_stopped(make, monkeypatch, notices):
+    """A container is paused for a minute: when it goes on, the node's answer to a fetch may still be on its way."""
+    stopped_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
+    monkeypatch.setattr(handle_module, "time", clock)
+    monkeypatch.setattr(handle_module, "WAKE_S", 0.05)
+    if not notices:
+        monkeypatch.setattr(handle_module, "STOPPED_S", 1e9)
+    handle = make(f"{said(READY)} linger")
+    handle.start()
+    handle.fetch(1, "r", [make_key("a")], [0], 5.0)
+    time.sleep(0.2)
+    stopped_s = 60.0
+    if notices:
+        time.sleep(0.5)
+        assert not handle.take_finished()
+        assert handle.restarts == 0
+    else:
+        wait_for(handle.take_finished)
 
 
 @pytest.mark.parametrize(
