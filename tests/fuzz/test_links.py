@@ -20,7 +20,7 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import ConfigError
 from kvmesh.node.engine_link import EngineLink
-from kvmesh.node.handle import NodeHandle, _Job
+from kvmesh.node.handle import NodeHandle
 from kvmesh.node.process import Node
 from kvmesh.node.state import NodeState
 from kvmesh.transfer.pool import HostPool
@@ -76,11 +76,11 @@ def test_a_node_that_says_anything(memory: tuple[HostPool, SlotLedger], stream: 
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
         handle._child.connection, handle._state = ours, NodeState(True, False, False, 0)
-        handle._jobs[1] = _Job(1, 0.0, float("inf"))
+        handle._jobs.add(1, chunks=1, timeout_s=float("inf"))
         theirs.sendall(stream)
         theirs.shutdown(socket.SHUT_WR)
         handle._read_until_closed()
-        handle._fail_jobs(MissReason.NODE_DOWN)  # as `_watch` does when the process is dead
+        handle._jobs.fail_all(MissReason.NODE_DOWN)  # as `_watch` does when the process is dead
         (finished,) = handle.take_finished()
         assert (finished.job_id, len(finished.reasons)) == (1, 1)
         assert not handle.has_jobs()

@@ -25,7 +25,7 @@ from kvmesh.core.format import Format
 from kvmesh.core.gate import Saved, Source
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
-from kvmesh.node.handle import FinishedJob
+from kvmesh.node.fetch_jobs import FinishedJob
 from kvmesh.node.state import NodeState
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.vllm.connector import FACTS_KEY, configure

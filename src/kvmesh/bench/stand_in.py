@@ -21,7 +21,8 @@ from kvmesh.core.format import Format
 from kvmesh.core.gate import Saved
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
-from kvmesh.node.handle import FinishedJob, NodeHandle
+from kvmesh.node.fetch_jobs import FinishedJob
+from kvmesh.node.handle import NodeHandle
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
 

@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -30,6 +29,7 @@ from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.asked import AskedKeys
 from kvmesh.node.child import NodeProcess
+from kvmesh.node.fetch_jobs import FetchJobs, FinishedJob
 from kvmesh.node.state import DOWN, NodeState
 from kvmesh.transfer.pool import PoolSegment
 from kvmesh.wire import link
@@ -38,8 +38,6 @@ from kvmesh.wire.operations import Report, RunState, Sharing
 
 log = logging.getLogger("kvmesh.handle")
 
-GRACE_S = 2.0
-"""How long past its deadline a job may be out before the node is killed."""
 DEAF_S = 10.0
 """How long the node may leave its link unread before it is killed: nothing piles up behind a stopped node for ever."""
 STOPPED_S = 0.5
@@ -56,24 +54,6 @@ MAX_ASKED_KEYS = 20_000
 """Keys of one question: a request has at most some thousand chunks."""
 WAKE_S = 1.0
 """The reading thread looks at deadlines this often while nothing comes."""
-
-
-class FinishedJob(NamedTuple):
-    """One fetch job's end. Nothing writes into its slots any more."""
-
-    job_id: int
-    reasons: list[MissReason | None]
-    fetched_bytes: int
-    seconds: float
-    holders: list[str]
-    gate: link.GateReport | None = None
-    """What the node's gate said; None when it had nothing to decide."""
-
-
-class _Job(NamedTuple):
-    chunks: int
-    started_s: float
-    give_up_s: float
 
 
 class NodeHandle:
@@ -102,15 +82,14 @@ class NodeHandle:
         self._visible: set[bytes] = set()
         self._asked = AskedKeys()
         self._fastest: Source | None = None
+        self._jobs = FetchJobs()
         self._lock = threading.Lock()
         """Guards what follows; held for a few assignments at a time, never across I/O."""
         self._state = DOWN
         self._life = 0
         """Number of nodes lost so far. A message meant for an earlier node is never sent to a later one."""
-        self._jobs: dict[int, _Job] = {}
         self._missed_slots: set[int] = set()
         """Slots that changed while no node was there to be told, or too much was waiting for it already."""
-        self._finished: deque[FinishedJob] = deque()
         self._untold: deque[link.RequestRecord] = deque(maxlen=MAX_UNTOLD_RECORDS)
         """Records of requests that came while there was no node; told to the next one."""
         self.lost_records = 0
@@ -122,7 +101,6 @@ class NodeHandle:
         self.tokenizer = ""
         """Folder of the model's tokenizer. Set before `start`."""
         self._closing = threading.Event()
-        self._idle = threading.Condition()
         self._threads: list[threading.Thread] = []
         self.restarts = 0
         self.changes = 0
@@ -158,7 +136,7 @@ class NodeHandle:
         with self._lock:
             self._state = DOWN
         self.changes += 1
-        self._fail_jobs(MissReason.DRAINING)
+        self._jobs.fail_all(MissReason.DRAINING)
         if self._child.connection is not None:
             self._child.connection.close()
         segments, self._segments = self._segments, ()
@@ -246,14 +224,13 @@ class NodeHandle:
         `saved` is what computing the chunks would take: the node refuses those that do not pay. None refuses nothing.
         """
         prefill = None if saved is None else link.SavedPrefill(*saved)
-        now_s = time.monotonic()
+        self._jobs.add(job_id, len(keys), timeout_s)
         with self._lock:
-            self._jobs[job_id] = _Job(len(keys), now_s, now_s + timeout_s + GRACE_S)
             alive = self._state.alive
             if alive:
                 self._outgoing.put((self._life, link.Fetch(job_id, request_id, keys, slots, timeout_s, prefill)))
         if not alive:
-            self._finish(job_id, MissReason.NODE_DOWN)
+            self._jobs.fail(job_id, MissReason.NODE_DOWN)
 
     def answer(self, message: link.Operated | link.KeysMade) -> None:
         """Tell the node how something that it has asked for goes. Any thread; lost when the node is."""
@@ -281,25 +258,21 @@ class NodeHandle:
 
     def take_finished(self) -> list[FinishedJob]:
         """Jobs that ended since the last call."""
-        finished = []
-        while self._finished:
-            finished.append(self._finished.popleft())
-        return finished
+        return self._jobs.take_finished()
 
     def has_jobs(self) -> bool:
         """Whether a job is out or its end was not taken yet."""
-        return bool(self._jobs or self._finished)
+        return bool(self._jobs)
 
     def drain(self) -> None:
         """Block until no job is out. For the rare moments when the engine throws its pool away; bounded by the job
         deadlines.
         """
         with self._lock:
-            if self._jobs and self._state.alive:  # the jobs of a dead node are about to fail by themselves
+            if self._state.alive and not self._jobs.wait(0):  # those of a dead node are about to fail by themselves
                 self._outgoing.put((self._life, link.GiveUp()))
-        with self._idle:
-            while self._jobs:
-                self._idle.wait(WAKE_S)
+        while not self._jobs.wait(WAKE_S):
+            pass
 
     # -- reading thread ------------------------------------------------------------------------------------------------
 
@@ -396,14 +369,8 @@ class NodeHandle:
             self.answer(link.KeysMade(message.number, [], text))
 
     def _done(self, message: link.FetchDone) -> None:
-        with self._lock:
-            job = self._jobs.get(message.job_id)
-            if job is None or job.chunks != len(message.reasons):
-                log.error("node reported an unknown or misshapen job id=%d; ignored", message.job_id)
-                return
-            self._finished.append(FinishedJob(*msgspec.structs.astuple(message)))
-            del self._jobs[message.job_id]
-        self._wake_drain()
+        if not self._jobs.done(message):
+            log.error("node reported an unknown or misshapen job id=%d; ignored", message.job_id)
 
     def _wait(self, poller: select.poll) -> bool:
         """Whether the node has said something. When it is we who were stopped meanwhile (a paused container, a machine
@@ -414,32 +381,26 @@ class NodeHandle:
         now_s = time.monotonic()
         stopped_s = now_s - since_s - patience_s
         if stopped_s > STOPPED_S:
-            with self._lock:
-                for job_id, job in self._jobs.items():
-                    give_up_s = max(job.give_up_s + stopped_s, now_s + GRACE_S)
-                    self._jobs[job_id] = job._replace(give_up_s=give_up_s)
+            self._jobs.postpone(stopped_s)
             if self._sending_since_s is not None:
                 self._sending_since_s = now_s
         return is_readable
 
     def _patience_s(self) -> float:
         """How long to wait for the node's next word: until the first job is late, but not for ever."""
-        with self._lock:
-            first_s = min((job.give_up_s for job in self._jobs.values()), default=None)
+        first_s = self._jobs.first_late_s()
         if first_s is None:
             return WAKE_S
         return min(WAKE_S, max(0.001, first_s - time.monotonic()))
 
     def _kill_if_late(self) -> None:
-        now_s = time.monotonic()
-        with self._lock:
-            late = [job_id for job_id, job in self._jobs.items() if now_s > job.give_up_s]
+        late = self._jobs.late()
         if late:
             log.error("node did not finish jobs in time jobs=%s pid=%s; killing it", late[:8], self._child.pid)
             self._child.kill(gentle=False)
             return
         since_s = self._sending_since_s
-        if since_s is not None and now_s - since_s > DEAF_S:
+        if since_s is not None and time.monotonic() - since_s > DEAF_S:
             log.error("node does not read its link pid=%s; killing it", self._child.pid)
             self._child.kill(gentle=False)
 
@@ -453,26 +414,7 @@ class NodeHandle:
         self._fastest = None
         self.changes += 1
         self._child.kill(gentle=False)
-        self._fail_jobs(MissReason.NODE_DOWN)
-
-    def _fail_jobs(self, reason: MissReason) -> None:
-        with self._lock:
-            out = list(self._jobs)
-        for job_id in out:
-            self._finish(job_id, reason)
-
-    def _finish(self, job_id: int, reason: MissReason) -> None:
-        with self._lock:
-            job = self._jobs.get(job_id)
-            if job is None:
-                return
-            self._finished.append(FinishedJob(job_id, [reason] * job.chunks, 0, time.monotonic() - job.started_s, []))
-            del self._jobs[job_id]
-        self._wake_drain()
-
-    def _wake_drain(self) -> None:
-        with self._idle:
-            self._idle.notify_all()
+        self._jobs.fail_all(MissReason.NODE_DOWN)
 
     # -- writing thread ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from kvmesh.core.keys import group_of
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.engine_commands import EngineCommands
-from kvmesh.node.handle import FinishedJob, NodeHandle
+from kvmesh.node.fetch_jobs import FinishedJob
+from kvmesh.node.handle import NodeHandle
 from kvmesh.vllm import fingerprint
 from kvmesh.vllm.compat import (
     HIT_SOURCE,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvmesh.core.gate import Prefill, Verdict
 from kvmesh.core.reasons import MissReason
-from kvmesh.node.handle import FinishedJob, NodeHandle
+from kvmesh.node.fetch_jobs import FinishedJob
+from kvmesh.node.handle import NodeHandle
 from kvmesh.vllm.compat import (
     OffloadingConnectorStats,
     OffloadingCounterMetadata,

@@ -21,6 +21,7 @@ from kvmesh.config import KVMeshConfig
 from kvmesh.core.ledger import SlotLedger
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import StartupError
+from kvmesh.node import fetch_jobs
 from kvmesh.node import handle as handle_module
 from kvmesh.node.handle import NodeHandle
 from kvmesh.node.state import DOWN, NodeState
@@ -197,10 +198,10 @@ def test_closing_leaves_no_descriptor(make):
 def test_giving_up_is_not_told_to_a_dead_node(make):
     """A drain right after the node's death: the message must not be the first thing its successor reads."""
     handle = make("")
-    handle._jobs[1] = handle_module._Job(1, 0.0, 1e9)
+    handle._jobs.add(1, chunks=1, timeout_s=1e9)
     drained = threading.Thread(target=handle.drain)
     drained.start()
-    handle._fail_jobs(MissReason.NODE_DOWN)
+    handle._jobs.fail_all(MissReason.NODE_DOWN)
     drained.join(10)
     assert not drained.is_alive()
     assert handle._outgoing.empty()
@@ -239,7 +240,7 @@ def test_what_cannot_be_said_costs_itself(make, caplog):
     handle.start()
     handle.record(link.RequestRecord(request_id="\ud800", prompt_tokens=1, keys=[]))
     handle.fetch(2, "r", [make_key("a")], [0], 20.0)
-    wait_for(lambda: not handle._jobs)
+    wait_for(lambda: handle._jobs.wait(0))
     (finished,) = handle.take_finished()
     assert finished.reasons == [None]
     assert "kind=RequestRecord" in caplog.text
@@ -274,7 +275,8 @@ def test_a_node_is_not_killed_because_the_engine_was_stopped(make, monkeypatch, 
     """A container is paused for a minute: when it goes on, the node's answer to a fetch may still be on its way."""
     stopped_s = 0.0
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
-    monkeypatch.setattr(handle_module, "time", clock)
+    for module in (handle_module, fetch_jobs):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(handle_module, "WAKE_S", 0.05)
     if not notices:
         monkeypatch.setattr(handle_module, "STOPPED_S", 1e9)

@@ -14,7 +14,7 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from kvmesh.core.gate import Prefill, Verdict
 from kvmesh.core.reasons import MissReason
 from kvmesh.errors import ConfigError, UnsupportedError
-from kvmesh.node.handle import FinishedJob
+from kvmesh.node.fetch_jobs import FinishedJob
 from kvmesh.node.state import NodeState
 from kvmesh.vllm import connector
 from kvmesh.vllm.connector import FACTS_KEY, KVMeshConnector, configure, tier_config

@@ -15,7 +15,8 @@ from kvmesh.bench.chaos.cells import CELLS, TRANSPORTS, Cell, Transport
 from kvmesh.bench.chaos.stage import FETCH_TIMEOUT_S, Kind, Stage
 from kvmesh.bench.chaos.traffic import reasons, share
 from kvmesh.errors import KVMeshError
-from kvmesh.node.handle import GRACE_S, WAKE_S
+from kvmesh.node.fetch_jobs import GRACE_S
+from kvmesh.node.handle import WAKE_S
 from kvmesh.transfer import nixl_agent
 
 ALLOWED_DELAY_S = GRACE_S + WAKE_S + 2.0
