@@ -291,7 +291,13 @@ class DeclaredKeys(BaseModel):
     stall_timeout_s: float = key(
         1.0, "A peer that sends no byte for so many seconds is given up.", allowed=_SECONDS, gt=0
     )
-    fetch_connections: int = key(2, "TCP connections to one peer.", allowed="a whole number from 1 to 64", ge=1, le=64)
+    fetch_connections: int = key(
+        2,
+        "TCP connections that one fetch spreads over at most: one, and a further one for every 32 MiB.",
+        allowed="a whole number from 1 to 64",
+        ge=1,
+        le=64,
+    )
     verify_checksum: bool = key(
         True, "Compare every chunk that arrives with the checksum of its holder.", allowed=_BOOL
     )

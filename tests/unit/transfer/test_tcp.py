@@ -14,6 +14,7 @@ import xxhash
 
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.peer_server import PeerServer
+from kvmesh.transfer import tcp
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
@@ -84,6 +85,22 @@ def fetching(pool, whom, ours=None, **options):
         yield transport
     finally:
         transport.close()
+
+
+@pytest.fixture(autouse=True)
+def many_connections(monkeypatch):
+    """As for a fetch of hundreds of MiB."""
+    monkeypatch.setattr(tcp, "BYTES_PER_CONNECTION", RUN_BYTES)
+
+
+@pytest.mark.parametrize(("chunks_per_connection", "helpers"), [(CHUNKS + 1, 0), (CHUNKS, 1), (1, 2)])
+def test_a_large_fetch_has_more_connections(store, pool, monkeypatch, chunks_per_connection, helpers):
+    monkeypatch.setattr(tcp, "BYTES_PER_CONNECTION", chunks_per_connection * CHUNK_BYTES)
+    started = []
+    monkeypatch.setattr(TcpTransport, "_start_helpers", lambda _self, count, *_: started.append(count) or [])
+    with serving(store) as server, fetching(pool, target(server.port), connections=3) as transport:
+        assert reasons(transport.fetch(items(CHUNKS), soon())) == [None] * CHUNKS
+    assert started == [helpers]
 
 
 @pytest.mark.parametrize("connections", [1, 2, 4])
