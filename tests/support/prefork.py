@@ -199,6 +199,11 @@ def preload() -> None:
     assert hasattr(system, "_maybe_force_spawn"), "this vLLM chooses how it makes processes elsewhere"
     # Called each time before a process is made; on the CPU platform vLLM has set `spawn` by then.
     system._maybe_force_spawn = lambda: os.environ.__setitem__("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    # A worker waits for its next step with `sched_yield` in a loop, for a second after each step. On Linux 6.18 nobody
+    # else gets the processor meanwhile (measured), so a fetch that the engine waits for may find its holder stopped.
+    distributed = importlib.import_module("vllm.distributed.utils")
+    assert hasattr(distributed, "USE_SCHED_YIELD"), "this vLLM waits in another way"
+    distributed.USE_SCHED_YIELD = False
 
 
 def main() -> None:
