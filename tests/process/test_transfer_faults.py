@@ -152,6 +152,17 @@ def test_a_peer_that_is_killed_in_the_middle_is_lost(setup):
 
 
 @everywhere
+def test_a_fetch_ends_with_its_transport(setup):
+    """As when the peer leaves, whatever the fetch is doing then: the rest is lost, and nothing is raised."""
+    holder = setup.holder()
+    for _ in range(5):
+        fetcher = setup.fetcher(holder)
+        found = fetcher.fetch(progress=At(fetcher.transport.close))
+        assert found[0] is None
+        assert set(found) <= {None, MissReason.PEER_LOST}
+
+
+@everywhere
 def test_a_peer_that_is_stopped_in_the_middle_has_stalled_and_writes_nothing_later(setup):
     """The fetch ends in the stall time; what the peer sends when it goes on reaches no slot; and it goes on serving.
 

@@ -24,6 +24,7 @@ from kvmesh.core.reasons import MissReason
 from kvmesh.errors import (
     KVMeshError,
     NixlError,
+    PeerCancelledError,
     PeerClosedError,
     PeerProtocolError,
     PeerReadError,
@@ -406,7 +407,10 @@ class _Pull:
         """The first run is here. Have it hashed, and ask whether the slots still hold what was resolved."""
         run = self._runs[0]
         rows = [self._pool.row(self._book.items[item].slot) for item in run.items]
-        digests = None if self._hasher is None else self._hasher.submit(_hash, rows)
+        try:
+            digests = None if self._hasher is None else self._hasher.submit(_hash, rows)
+        except RuntimeError:
+            raise PeerCancelledError(self._lane.link.peer, found="transport closed") from None
         self._arrived = _Arrived(self._runs.popleft(), digests)
         asked = [SlotGeneration(place.slot, place.generation) for place in run.places]
         self._lane.link.send(Validate(asked), self._deadline)
