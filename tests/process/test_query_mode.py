@@ -27,12 +27,12 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     quick = {"heartbeat_interval_s": 0.3, "instance_timeout_s": 2.0}
     if request.param == "redis":
         with running_redis(tmp_path) as redis:
-            yield lambda name, **changed: make_config(None, name, lookup_url=redis.url, **quick, **changed)
+            yield lambda name, **changed: make_config(None, name, lookup_url=redis.url, **(quick | changed))
     else:
         with running_controller(
             tmp_path, arguments=("--heartbeat-interval", "0.3", "--instance-timeout", "2")
         ) as controller:
-            yield lambda name, **changed: make_config(controller, name, **quick, **changed)
+            yield lambda name, **changed: make_config(controller, name, **(quick | changed))
 
 
 def misses_soon(engine: StandInEngine, key: bytes) -> None:
@@ -43,6 +43,19 @@ def misses_soon(engine: StandInEngine, key: bytes) -> None:
         return engine.node.is_known(key) and not engine.node.is_visible(key)
 
     wait_for(is_missing, 30)
+
+
+def test_a_node_that_ends_with_its_engine_says_so(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody has to wait until it counts as dead. A few, since it is to do so whatever it is about when it ends."""
+    with running_engine(make("stays", index_mode="query")) as stays:
+        for number in range(4):
+            with running_engine(make(f"ends-{number}")) as ends:
+                assert stays.wait_peers(1)
+                assert ends.wait_peers(1)
+                ends.put(KEYS[:4])
+                assert stays.wait_visible(KEYS[:4], 20)
+            assert stays.wait_peers(0)
+    assert capfd.readouterr().err.count("reason=left") == 4
 
 
 def test_asking_finds_what_a_replica_would(make: Make) -> None:

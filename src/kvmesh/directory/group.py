@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from kvmesh.directory.base import DirectoryClient
 from kvmesh.directory.merge import Merge, Source
+from kvmesh.tasks import run_all
 from kvmesh.wire.directory import FetchReport, Member
 
 log = logging.getLogger("kvmesh.directory")
@@ -51,7 +52,7 @@ class DirectoryGroup:
     async def run(self, member: Member) -> None:
         """Join all as `member` and serve until cancelled; then leave."""
         self._member = member
-        await asyncio.gather(self._watch(), *(client.run(member) for client in self._clients))
+        await run_all(self._watch(), *(client.run(member) for client in self._clients))
 
     def changes_pending(self) -> None:
         """The outbox has something new."""

@@ -23,7 +23,7 @@ from kvmesh.wire.redis_layout import Layout, Sealer
 log = logging.getLogger("kvmesh.directory")
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 3.0
-LEAVE_S = 1.0
+LEAVE_S, CLOSE_S = 1.0, 0.3
 
 
 class RedisClient:
@@ -93,11 +93,11 @@ class RedisClient:
         try:
             await self._open()
             await asyncio.gather(follower.run(), publisher.run())
-        finally:
+        finally:  # not all of them need have ended: before Python 3.12, `wait_for` may lose a cancellation
             with contextlib.suppress(RedisTrouble, TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(publisher.leave(), LEAVE_S)
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._link.close(), LEAVE_S)
+                await asyncio.wait_for(self._link.close(), CLOSE_S)
 
     def changes_pending(self) -> None:
         """The listener has changes to take."""

@@ -61,11 +61,12 @@ class IndexWriter:
         if self._unsaid:
             await self._put(list(self._unsaid))
             return
+        published = dict.fromkeys(self._keys())
         if not self._renewing:
-            self._renewing = list(self._keys())
-        share = max(1, int(len(self._keys()) * RENEWALS * interval_s / INDEX_TTL_S) + 1)
+            self._renewing = list(published)
+        share = int(len(published) * RENEWALS * interval_s / INDEX_TTL_S) + 1
         part, self._renewing = self._renewing[:share], self._renewing[share:]
-        await self._put(part)
+        await self._put([key for key in part if key in published])  # others have been evicted since they were listed
 
     async def apply(self, batch: wire.Changes) -> None:
         """Changes that have just been published."""

@@ -153,11 +153,14 @@ class RedisPublisher:
         self._wake.set()
 
     async def leave(self) -> None:
-        """Take everything of ours out. Raises RedisTrouble."""
-        if self._joined:
-            await self._index.withdraw()
-            keys = (self._keys.members, self._keys.state, self._keys.beats, self._keys.who, self._keys.statistics)
-            await self._run(LEAVE, (*keys, self._set), MAX_LOG_ENTRIES)
+        """Take everything of ours out, and do not come back. Raises RedisTrouble."""
+        self._has_left = True
+        async with self._order:
+            if self._joined:
+                keys = (self._keys.members, self._keys.state, self._keys.beats, self._keys.who, self._keys.statistics)
+                await self._run(LEAVE, (*keys, self._set), MAX_LOG_ENTRIES)
+                self._joined = False
+                await self._index.withdraw()  # last: nobody believes it of an instance that is no member
 
     # -- heartbeats ----------------------------------------------------------------------------------------------------
 
@@ -177,9 +180,7 @@ class RedisPublisher:
     async def _live_once(self) -> bool:
         try:
             if self._has_left:
-                async with self._order:
-                    await self.leave()
-                    self._joined = False
+                await self.leave()
                 return True
             async with self._order:
                 if self._joined:

@@ -85,7 +85,7 @@ class Asker:
         if found is None:
             self._unanswered += 1
             return None
-        self._remember(found)
+        self._remember(keys, found)
         held = {key for key in keys if self.holders(key)}
         self._held += len(held)
         return held
@@ -108,13 +108,12 @@ class Asker:
         """Counters now."""
         return AskerStatistics(self._questions, self._asked, self._held, self._unanswered, self._seconds)
 
-    def _remember(self, found: dict[bytes, list[tuple[str, str]]]) -> None:
+    def _remember(self, keys: Sequence[bytes], found: dict[bytes, list[tuple[str, str]]]) -> None:
         until_s = time.monotonic() + REMEMBERED_S
-        for raw, holders in found.items():
-            key = ChunkKey(raw)
+        for key in map(ChunkKey, keys):
             names = [
                 instance_id
-                for instance_id, incarnation in holders
+                for instance_id, incarnation in found.get(key, ())
                 if instance_id != self._own_id and (instance_id, incarnation, key) not in self._refused
             ]
             self._answers.pop(key, None)

@@ -33,6 +33,8 @@ PIECE_UNSENT_BYTES = 1024 * 1024
 """While so much waits, no further piece of the whole set is told: the end of a fetch does not wait for all of it."""
 PARENT_POLL_S = 1.0
 MAX_QUESTIONS = 1000
+GOODBYE_S = 1.5
+"""Longest time for telling the directories that this node ends; less than the engine waits for its end."""
 
 
 class EngineLink(NodeListener):
@@ -90,7 +92,7 @@ class EngineLink(NodeListener):
         finally:
             for task in (serving, watching, reading):
                 task.cancel()
-            await asyncio.wait((serving,), timeout=0.5)
+            await asyncio.wait((serving,), timeout=GOODBYE_S)
             node.close()
 
     def _make_node(self, start: link.Start) -> Node:

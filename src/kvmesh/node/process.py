@@ -51,6 +51,7 @@ from kvmesh.node.peers import Peers
 from kvmesh.node.prober import Prober
 from kvmesh.node.request_log import RequestLog
 from kvmesh.node.transports import Transports
+from kvmesh.tasks import run_all
 from kvmesh.transfer.pool import HostPool
 from kvmesh.wire import link
 from kvmesh.wire.auth import ClusterKey
@@ -223,7 +224,7 @@ class Node:
             tasks.append(self._directory.run(member))
         if self.config.gate_policy.is_on and self.config.fetches:
             tasks.append(self._prober.run())
-        await asyncio.gather(*tasks, _for_ever())
+        await run_all(*tasks, _for_ever())
 
     def close(self) -> None:
         """End all threads and connections. Fetches that run end as misses."""

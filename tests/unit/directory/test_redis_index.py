@@ -68,6 +68,16 @@ async def test_what_redis_did_not_take_at_first_is_said_with_the_next_heartbeat(
     assert set(world.link.said) == world.names(KEYS[:-8]), "what has been evicted meanwhile is not said"
 
 
+async def test_what_was_evicted_since_the_renewal_began_is_not_said_again() -> None:
+    world = World()
+    await world.writer.beat(BEAT_S)
+    await world.writer.beat(BEAT_S)  # lists what is to be renewed, and says the first of it
+    await world.writer.apply(world.change([], KEYS[10:]))
+    for _ in range(2 * COMMANDS_AT_ONCE):
+        await world.writer.beat(BEAT_S)
+    assert set(world.link.said) == world.names(KEYS[:10])
+
+
 async def test_a_change_that_redis_did_not_take_is_said_with_the_next_heartbeat() -> None:
     world = World()
     await world.writer.beat(BEAT_S)
