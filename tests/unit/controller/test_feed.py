@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import httpx
 import msgspec
@@ -12,13 +13,15 @@ import zmq
 import zmq.asyncio
 
 from kvmesh.config import make_controller_config
+from kvmesh.controller import feed as feed_module
 from kvmesh.controller.api import Context, create_app
 from kvmesh.controller.feed import Feed
+from kvmesh.controller.instances import Send
 from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import open_sockets
 from kvmesh.errors import StartupError
 from kvmesh.wire import directory as wire
-from unit.controller.makers import make_member
+from unit.controller.makers import make_keys, make_member
 
 
 @contextlib.asynccontextmanager
@@ -93,6 +96,37 @@ async def test_answers_over_a_closed_connection_end_nothing():
         assert ack == wire.HeartbeatAck("c" * 16, known=False)
         assert feed.statistics().send_failures == {"gone": 1}
         other.close(linger=0)
+
+
+async def test_members_that_come_together_share_one_snapshot(monkeypatch):
+    """A crowd costs one encoding of each inventory, not one for each of them: requests for it gather for a moment."""
+    monkeypatch.setattr(feed_module, "SNAPSHOT_PAUSE_S", 1.0)
+    async with running_feed() as (feed, registry, dealer):
+        holder, keys = make_member("holder"), make_keys(1000)
+        await ask(dealer, wire.Register(holder))
+        snapshot = wire.Snapshot("holder", holder.incarnation, 1, keys, first=True, last=True)
+        feed.send(registry.on_event(snapshot, wire.encode(snapshot), time.monotonic()), time.monotonic())
+        told: list[Send] = []
+        next_snapshot = registry.next_snapshot
+
+        def recorded(now_s: float) -> list[Send]:
+            sends = next_snapshot(now_s)
+            told.extend(sends)
+            return sends
+
+        monkeypatch.setattr(registry, "next_snapshot", recorded)
+        crowd = []
+        for number in range(4):
+            one = dealer.context.socket(zmq.DEALER)
+            one.connect(dealer.getsockopt_string(zmq.LAST_ENDPOINT))
+            crowd.append(one)
+            assert isinstance(await ask(one, wire.Register(make_member(f"newcomer-{number}"))), wire.Registered)
+        for one in crowd:
+            while not isinstance(notice := wire.notice_decoder.decode(await one.recv()), wire.Snapshot):
+                pass
+            assert (notice.instance_id, set(notice.keys)) == ("holder", set(keys))
+            one.close(linger=0)
+        assert [len(send.to) for send in told if send.message.instance_id == "holder"] == [4]
 
 
 async def test_sockets_refuse_a_host_of_others():
