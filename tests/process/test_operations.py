@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -16,6 +17,7 @@ from kvmesh.bench.stand_in_pool import OperatedStandIn
 from kvmesh.wire.auth import ClusterKey
 from process.controller_nodes import wait_for
 from support.keys import environment_key
+from support.redis_servers import needs_redis, running_redis
 from support.stand_ins import CHUNK_BYTES, make_config, running_controller
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
@@ -28,8 +30,10 @@ CHUNK_TOKENS = 256
 class Cluster:
     """One controller and some instances."""
 
-    def __init__(self, controller: Controller, stack: contextlib.ExitStack) -> None:
+    def __init__(self, controller: Controller, stack: contextlib.ExitStack, redis_url: str = "") -> None:
+        """With a Redis, that is the directory, and the controller only shows it."""
         self.controller = controller
+        self._redis_url = redis_url
         self._stack = stack
         self.pools: dict[str, OperatedStandIn] = {}
         key = environment_key()
@@ -40,7 +44,14 @@ class Cluster:
         )
 
     def add(self, name: str, slots: int = 64) -> OperatedStandIn:
-        config = make_config(self.controller, name, heartbeat_interval_s=0.2)
+        directory = {"lookup_url": self._redis_url} if self._redis_url else {}
+        config = make_config(
+            None if directory else self.controller,
+            name,
+            heartbeat_interval_s=0.2,
+            instance_timeout_s=2.0,
+            **directory,
+        )
         engine = StandInEngine(config, slots=slots, chunk_bytes=CHUNK_BYTES)
         self._stack.callback(engine.close)
         pool = OperatedStandIn(engine)
@@ -85,13 +96,37 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]
         yield running
 
 
-@pytest.fixture
-def cluster(controller: Controller) -> Iterator[Cluster]:
+@contextlib.contextmanager
+def empty_cluster(controller: Controller, redis_url: str = "") -> Iterator[Cluster]:
     """No instances at first; those that the test adds leave at its end."""
     with contextlib.ExitStack() as stack:
-        made = Cluster(controller, stack)
-        yield made
+        yield Cluster(controller, stack, redis_url)
     wait_for(lambda: not controller.instances())
+
+
+@pytest.fixture
+def controlled(controller: Controller) -> Iterator[Cluster]:
+    with empty_cluster(controller) as made:
+        yield made
+
+
+@pytest.fixture
+def redis_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Asked and operated over the peer ports: the controller has no other connection to its instances."""
+    with running_redis(tmp_path / "redis") as redis:
+        arguments = ["--heartbeat-interval", "0.2", "--instance-timeout", "2", "--lookup-url", redis.url]
+        with (
+            running_controller(tmp_path, arguments=arguments) as controller,
+            empty_cluster(controller, redis.url) as made,
+        ):
+            yield made
+
+
+@pytest.fixture(params=["controller", pytest.param("redis", marks=needs_redis)])
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    """With either directory."""
+    made: Cluster = request.getfixturevalue("controlled" if request.param == "controller" else "redis_cluster")
+    return made
 
 
 def test_the_life_of_a_cluster(cluster: Cluster) -> None:
@@ -165,8 +200,9 @@ def test_drained_and_back(cluster: Cluster) -> None:
         assert cluster.pools["a"].engine.get_all(KEYS[8:9])
 
 
-def test_what_cannot_be_done_says_why(cluster: Cluster) -> None:
+def test_what_cannot_be_done_says_why(controlled: Cluster) -> None:
     """Nobody to hand over to, an engine that takes no step, a node that stops, and what nobody holds."""
+    cluster = controlled
     pool = cluster.add("a")
     cluster.put("a", KEYS[:3])
     lonely = cluster.operate(kind="drain", instance="a")

@@ -141,6 +141,10 @@ def controller(
     ] = None,
     tls_cert_file: Annotated[Path | None, typer.Option(help="Certificate (PEM): HTTPS instead of HTTP.")] = None,
     tls_key_file: Annotated[Path | None, typer.Option(help="The certificate's private key (PEM).")] = None,
+    tls_ca_file: Annotated[
+        Path | None,
+        typer.Option(help="With --lookup-url, where peers use TLS: the CA (PEM) of their certificates and of ours."),
+    ] = None,
 ) -> None:
     """Run the controller: the directory of who holds what, with an HTTP API and a web page.
 
@@ -171,6 +175,7 @@ def controller(
             cluster_key_file=None if cluster_key_file is None else str(cluster_key_file),
             tls_cert_file=None if tls_cert_file is None else str(tls_cert_file),
             tls_key_file=None if tls_key_file is None else str(tls_key_file),
+            tls_ca_file=None if tls_ca_file is None else str(tls_ca_file),
         )
     )
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from kvmesh.config.cluster_key import find_cluster_key
 from kvmesh.config.model import Port
 from kvmesh.config.redis_url import parse_redis_url
+from kvmesh.config.tls import TlsFiles
 from kvmesh.config.values import PORT_MAX, is_loopback, parse_host, show
 from kvmesh.errors import ConfigError, ConfigProblem
 
@@ -58,8 +59,17 @@ class ControllerConfig(BaseModel):
     tls_cert_file: str | None = None
     """Certificate (PEM) of the page and the API; None: plain HTTP."""
     tls_key_file: str | None = None
+    tls_ca_file: str | None = None
+    """The CA of the nodes' certificates, where peers use TLS; None: they do not, or are never asked by this way."""
     warnings: tuple[str, ...] = ()
     """To be logged once by whoever starts the controller."""
+
+    @property
+    def peer_tls(self) -> TlsFiles | None:
+        """What is shown to nodes that are asked over their peer ports; None where those do without TLS."""
+        if self.tls_cert_file is None or self.tls_key_file is None or self.tls_ca_file is None:
+            return None
+        return TlsFiles(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
 
 
 def parse_monitor_ports(text: str) -> MonitorPorts:
@@ -105,6 +115,7 @@ def make_controller_config(
     cluster_key_file: str | None = None,
     tls_cert_file: str | None = None,
     tls_key_file: str | None = None,
+    tls_ca_file: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> ControllerConfig:
     """Check the controller's flags and put them together.
@@ -121,6 +132,7 @@ def make_controller_config(
         cluster_key_file: the file with the cluster key.
         tls_cert_file: certificate for HTTP; goes with its key.
         tls_key_file: the certificate's private key.
+        tls_ca_file: with `lookup_url`, where peers use TLS: the CA of theirs, and of ours.
         environ: may hold the cluster key, as KVMESH_CLUSTER_KEY. None: the process's environment.
 
     Raises:
@@ -175,6 +187,9 @@ def make_controller_config(
         problems.append(
             ConfigProblem(f"--tls-{missing}-file", "flag", f"both TLS files, as --tls-{given}-file is there", "one")
         )
+    if tls_ca_file is not None and tls_cert_file is None:
+        expected = "--tls-cert-file and --tls-key-file of this CA, which nodes ask for"
+        problems.append(ConfigProblem("--tls-ca-file", "flag", expected, "none"))
     if problems:
         _refuse(problems)
     return ControllerConfig(
@@ -191,6 +206,7 @@ def make_controller_config(
         cluster_key=None if key is None else SecretStr(key),
         tls_cert_file=tls_cert_file,
         tls_key_file=tls_key_file,
+        tls_ca_file=tls_ca_file,
         warnings=(_exposed(host),) if is_exposed else (),
     )
 

@@ -26,12 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--heartbeat-interval", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--instance-timeout", type=float, default=None, metavar="SECONDS")
-    parser.add_argument("--lookup-url", metavar="URL", help="show the directory in this Redis (read-only)")
+    parser.add_argument("--lookup-url", metavar="URL", help="show the directory in this Redis (reads only)")
     parser.add_argument("--cluster-name", default="default", help="whose part of that Redis (default: default)")
     parser.add_argument("--insecure", action="store_true", help="bind beyond this machine without a cluster key")
     parser.add_argument("--cluster-key-file", metavar="FILE", help="the key of the cluster (or KVMESH_CLUSTER_KEY)")
     parser.add_argument("--tls-cert-file", metavar="FILE", help="certificate (PEM): HTTPS instead of HTTP")
     parser.add_argument("--tls-key-file", metavar="FILE", help="the certificate's private key (PEM)")
+    parser.add_argument("--tls-ca-file", metavar="FILE", help="with --lookup-url: CA (PEM) of nodes that use TLS")
     given = parser.parse_args(argv)
     try:
         run_controller(
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cluster_key_file=given.cluster_key_file,
                 tls_cert_file=given.tls_cert_file,
                 tls_key_file=given.tls_key_file,
+                tls_ca_file=given.tls_ca_file,
             )
         )
     except ConfigError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmesh.controller.instances import DownReason, Instance, Peer
+from kvmesh.controller.peer_asks import PeerAsks
 from kvmesh.controller.registry import Registry, SendFailure
 from kvmesh.wire import control
 from kvmesh.wire import directory as wire
@@ -34,14 +35,16 @@ class _Waiting:
 class Asks:
     """The questions that are out."""
 
-    def __init__(self, registry: Registry, send: Callable[[Peer, bytes], SendFailure | None]) -> None:
+    def __init__(self, registry: Registry, send: Callable[[Peer, bytes], SendFailure | None], peers: PeerAsks) -> None:
         """
         Args:
             registry: says who is a member; tells of those that go.
             send: hands one frame to one connection without waiting.
+            peers: the way to those without a connection.
         """
         self._registry = registry
         self._send = send
+        self._peers = peers
         self._waiting: dict[str, _Waiting] = {}
         self._stopped = False
         self.asked: Counter[str] = Counter()
@@ -90,7 +93,8 @@ class Asks:
         """End all that are out, and take no more."""
         self._stopped = True
         for waiting in self._waiting.values():
-            _fail(waiting, "stopping", "the controller is stopping")
+            _fail(waiting, ControlError("stopping", "the controller is stopping"))
+        self._peers.close()
 
     def outstanding(self) -> int:
         return len(self._waiting)
@@ -102,12 +106,16 @@ class Asks:
         instance = self._admit(instance_id)
         waiting = _Waiting(instance_id, instance.incarnation, asyncio.get_running_loop().create_future())
         ask_id = secrets.token_hex(8)
-        frame = wire.encode(wire.Ask(instance_id, instance.incarnation, ask_id, encoded, timeout_s))
+        ask = wire.Ask(instance_id, instance.incarnation, ask_id, encoded, timeout_s)
         self._waiting[ask_id] = waiting
+        by_peer_port: asyncio.Task[None] | None = None
         try:
-            failure = self._send(instance.peer, frame)
-            if failure is not None:
-                raise ControlError("unreachable", _why_unsent(instance, failure))
+            if instance.peer.is_connected:
+                failure = self._send(instance.peer, wire.encode(ask))
+                if failure is not None:
+                    raise ControlError("unreachable", _why_unsent(instance, failure))
+            else:
+                by_peer_port = asyncio.create_task(self._ask_peer(instance, ask, waiting))
             # Not `wait_for`, which before Python 3.12 forgets a cancellation that comes together with the answer.
             done, _ = await asyncio.wait((waiting.answer,), timeout=timeout_s)
             if not done:
@@ -115,9 +123,20 @@ class Asks:
             answer = waiting.answer.result()
         finally:
             del self._waiting[ask_id]
+            if by_peer_port is not None:
+                by_peer_port.cancel()
         if answer.error is not None:
             raise ControlError(answer.error.code, f"instance {instance_id}: {answer.error.text}")
         return control.decode_reply(answer.reply)
+
+    async def _ask_peer(self, instance: Instance, ask: wire.Ask, waiting: _Waiting) -> None:
+        """Over the instance's peer port."""
+        try:
+            answered = await self._peers.ask(instance.member, ask.question, ask.timeout_s)
+        except ControlError as error:
+            _fail(waiting, error)
+        else:
+            self.on_answer(wire.Answer(ask.instance_id, ask.incarnation, ask.ask_id, answered.reply, answered.error))
 
     def _admit(self, instance_id: str) -> Instance:
         if self._stopped:
@@ -134,7 +153,8 @@ class Asks:
     def _removed(self, instance: Instance, reason: DownReason) -> None:
         for waiting in self._waiting.values():
             if (waiting.instance_id, waiting.incarnation) == (instance.instance_id, instance.incarnation):
-                _fail(waiting, "lost", f"instance {instance.instance_id} is no member any more: {_GONE[reason]}")
+                text = f"instance {instance.instance_id} is no member any more: {_GONE[reason]}"
+                _fail(waiting, ControlError("lost", text))
 
 
 _CODES = frozenset(
@@ -146,9 +166,9 @@ _CODES = frozenset(
 """Codes that are counted by name; a node can make up others."""
 
 
-def _fail(waiting: _Waiting, code: str, text: str) -> None:
+def _fail(waiting: _Waiting, error: ControlError) -> None:
     if not waiting.answer.done():
-        waiting.answer.set_exception(ControlError(code, text))
+        waiting.answer.set_exception(error)
 
 
 def _why_unsent(instance: Instance, failure: SendFailure) -> str:

@@ -23,8 +23,10 @@ from kvmesh.controller.asks import Asks
 from kvmesh.controller.instances import Peer, Send, SocketName
 from kvmesh.controller.intake import Intake
 from kvmesh.controller.log import LogLimiter, log
+from kvmesh.controller.peer_asks import PeerAsks
 from kvmesh.controller.registry import Registry, SendFailure
 from kvmesh.controller.sockets import Sockets
+from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.wire import directory as wire
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,14 @@ class FeedStatistics(NamedTuple):
 class Feed:
     """Joins the registry to the sockets. Everything runs on the loop on which `start` was called."""
 
-    def __init__(self, registry: Registry, sockets: Sockets, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        sockets: Sockets,
+        clock: Callable[[], float] = time.monotonic,
+        security: PeerSecurity = OPEN,
+    ) -> None:
+        """`security`: for questions to nodes that are not connected to us."""
         self._registry = registry
         self._clock = clock
         self._routers: dict[SocketName, zmq.Socket[bytes]] = {"reply": sockets.reply}
@@ -86,7 +95,7 @@ class Feed:
             for name, router in self._routers.items()
         }
         self._admission = Admission(sockets, clock, registry.refusals)
-        self.asks = Asks(registry, self._send_ask)
+        self.asks = Asks(registry, self._send_ask, PeerAsks(security))
         self._pull = Intake(sockets.pull, lambda frames: self._guard("pull", frames), self._send_held)
         self._flush_due_s = 0.0
         self._flush_timer: asyncio.TimerHandle | None = None

@@ -14,6 +14,7 @@ from kvmesh.wire.directory import Member, NodeStatistics, Notice
 
 SocketName = Literal["reply", "heartbeat"]
 State = Literal["up", "suspect"]
+_REDIS = b"redis:"
 DownReason = Literal["left", "timeout", "replaced"]
 
 
@@ -22,6 +23,15 @@ class Peer(NamedTuple):
 
     socket: SocketName
     routing_id: bytes
+
+    @classmethod
+    def of_redis(cls, instance_id: str) -> Peer:
+        """What stands for the connection of an instance that is known from Redis, and has none to us."""
+        return cls("reply", _REDIS + instance_id.encode())
+
+    @property
+    def is_connected(self) -> bool:
+        return not self.routing_id.startswith(_REDIS)
 
 
 class Send(NamedTuple):

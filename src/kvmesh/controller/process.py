@@ -27,6 +27,8 @@ from kvmesh.controller.registry import Registry
 from kvmesh.controller.sockets import Sockets, open_sockets
 from kvmesh.descriptors import raise_descriptor_limit
 from kvmesh.errors import StartupError
+from kvmesh.transfer.security import PeerSecurity
+from kvmesh.transfer.tls import Tls
 from kvmesh.wire.auth import ClusterKey
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,10 @@ async def _run(config: ControllerConfig, sockets: Sockets) -> None:
         heartbeat_interval_s=config.heartbeat_interval_s,
         instance_timeout_s=config.instance_timeout_s,
     )
-    feed = Feed(registry, sockets)
+    security = PeerSecurity(
+        key=None if key is None else key.peer_key(), tls=None if config.peer_tls is None else Tls.load(config.peer_tls)
+    )
+    feed = Feed(registry, sockets, security=security)
     watch = None
     if config.lookup_url is not None:
         target = parse_redis_target(config.lookup_url)

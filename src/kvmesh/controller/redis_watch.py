@@ -1,7 +1,8 @@
 """A controller that shows what is in Redis: page, API and metrics of a cluster whose directory is there.
 
 It only reads (a read-only user or a replica will do), so several may watch at once. What it reads is given to the
-registry as if the instances had come themselves; what the registry would answer them is not sent anywhere.
+registry as if the instances had come themselves; what the registry would answer them is not sent anywhere. Questions to
+them go to their peer ports (`peer_asks.py`).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class RedisWatch:
         while True:
             now_s = time.monotonic()
             for instance in self._registry.instances.values():
-                if _is_ours(instance.peer):
+                if not instance.peer.is_connected:
                     instance.last_contact_s = now_s
             await asyncio.sleep(self._registry.heartbeat_interval_s / 2)
 
@@ -127,14 +128,14 @@ class RedisWatch:
                 instance_id = name.decode(errors="replace")
                 incarnation = follower.incarnation(instance_id)
                 instance = self._registry.instances.get(instance_id)
-                if incarnation is None or instance is None or not _is_ours(instance.peer):
+                if incarnation is None or instance is None or instance.peer.is_connected:
                     continue
                 try:
                     statistics = self._sealer.open(value, _statistics_decoder)
                 except RedisValueError:
                     continue
                 beat = wire.Heartbeat(instance_id, incarnation, 0, statistics)
-                self._registry.on_request(beat, _peer(instance_id), time.monotonic())
+                self._registry.on_request(beat, Peer.of_redis(instance_id), time.monotonic())
 
     async def _read_reports(self) -> None:
         while True:
@@ -169,15 +170,17 @@ class _Intake:
 
     def on_member_up(self, member: wire.Member) -> None:
         known = self._registry.instances.get(member.instance_id)
-        if known is None or _is_ours(known.peer):  # else it has come to this controller itself
+        if known is None or not known.peer.is_connected:  # else it has come to this controller itself
             register = wire.Register(member, asks=True)
-            self._registry.on_request(register, _peer(member.instance_id), time.monotonic())
+            self._registry.on_request(register, Peer.of_redis(member.instance_id), time.monotonic())
 
     def on_member_down(self, instance_id: str, incarnation: str, reason: str) -> None:
         del reason
         known = self._registry.instances.get(instance_id)
-        if known is not None and _is_ours(known.peer):
-            self._registry.on_request(wire.Leave(instance_id, incarnation), _peer(instance_id), time.monotonic())
+        if known is not None and not known.peer.is_connected:
+            self._registry.on_request(
+                wire.Leave(instance_id, incarnation), Peer.of_redis(instance_id), time.monotonic()
+            )
 
     def on_changes(self, changes: wire.Changes) -> bool:
         return self._take(changes)
@@ -196,15 +199,7 @@ class _Intake:
 
     def _take(self, event: wire.Changes | wire.Snapshot) -> bool:
         known = self._registry.instances.get(event.instance_id)
-        if known is None or not _is_ours(known.peer):
+        if known is None or known.peer.is_connected:
             return True
         self._registry.on_event(event, b"", time.monotonic())
         return known.group.replica.sequence(event.instance_id) is not None
-
-
-def _peer(instance_id: str) -> Peer:
-    return Peer("reply", b"redis:" + instance_id.encode())
-
-
-def _is_ours(peer: Peer) -> bool:
-    return peer.routing_id.startswith(b"redis:")

@@ -15,7 +15,6 @@ The same steps as those of the controller's operation (`kvmesh.controller.operat
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import msgspec
 
 from kvmesh.core.share_out import Room, share_out
 from kvmesh.errors import KVMeshError
+from kvmesh.node.bridge import Bridge, NotAnsweredError
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerLink, PeerTarget
 from kvmesh.wire.control import ControlError
@@ -66,15 +66,11 @@ class Drained(msgspec.Struct, frozen=True, kw_only=True):
 class Drain:
     """The drain of one node, and its part in those of others."""
 
-    def __init__(self, node: Node, transports: Transports) -> None:
+    def __init__(self, node: Node, transports: Transports, bridge: Bridge) -> None:
         self._node = node
+        self._bridge = bridge
         self._transports = transports
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
-
-    def start(self) -> None:
-        """From now on offers of others are taken. Called on the loop."""
-        self._loop = asyncio.get_running_loop()
 
     async def run(self, *, hand_over: int, timeout_s: float, leave: bool) -> Drained:
         """Stop sharing, have peers take over at most `hand_over` chunks, and leave (or stay without sharing).
@@ -188,17 +184,10 @@ class Drain:
 
     def take(self, offer: Offer) -> Accepted | Refused:
         """A peer is about to leave: have these chunks fetched. Called by the peer server's threads."""
-        if self._loop is None:
-            return Refused("full", "this node is starting")
         try:
-            accepting = asyncio.run_coroutine_threadsafe(self._accept(offer), self._loop)
-        except RuntimeError:
-            return Refused("full", "this node is ending")
-        try:
-            return accepting.result(ACCEPT_S)
-        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            accepting.cancel()
-            return Refused("full", f"not within {ACCEPT_S:g} s")
+            return self._bridge.run(lambda: self._accept(offer), ACCEPT_S)
+        except NotAnsweredError as error:
+            return Refused("full", str(error))
 
     async def _accept(self, offer: Offer) -> Accepted | Refused:
         if self._node.sharing is not Sharing.ON:

@@ -18,6 +18,8 @@ from kvmesh.transfer.pool import HostPool
 from kvmesh.transfer.stream import PeerStream
 from kvmesh.transfer.unix_stream import UnixStream
 from kvmesh.wire.peer import (
+    Answered,
+    Ask,
     Follow,
     Get,
     Held,
@@ -76,6 +78,14 @@ class OfferTaking(Protocol):
         ...
 
 
+class Answering(Protocol):
+    """What answering questions needs (see `kvmesh.node.control`)."""
+
+    def answer(self, ask: Ask) -> Answered:
+        """The reply or an error; may take as long as the question allows."""
+        ...
+
+
 class ShmServing(Protocol):
     """What the shm transport needs on this side (see `kvmesh.transfer.shm_holder`)."""
 
@@ -107,6 +117,7 @@ class PeerAnswers:
         shm: ShmServing | None,
         following: FollowServing | None,
         offers: OfferTaking | None,
+        questions: Answering | None,
         coding: Coding | None,
         patience: Deadline,
         idle_timeout_s: float,
@@ -123,6 +134,7 @@ class PeerAnswers:
         self._shm = shm
         self._following = following
         self._offers = offers
+        self._questions = questions
         self._patience = patience
         self._idle_timeout_s = idle_timeout_s
         self._closing = closing
@@ -170,7 +182,7 @@ class PeerAnswers:
             with self._lock:
                 self._attached -= 1
 
-    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach | Offer) -> Message:
+    def _answer(self, request: Ping | Lookup | Validate | NixlAttach | Resolve | ShmAttach | Offer | Ask) -> Message:
         if isinstance(request, Ping):
             return Pong(request.nonce)
         if isinstance(request, Lookup):
@@ -182,6 +194,12 @@ class PeerAnswers:
         if isinstance(request, Offer):
             return (
                 Refused("unsupported", "nothing is taken over") if self._offers is None else self._offers.take(request)
+            )
+        if isinstance(request, Ask):
+            return (
+                Refused("unsupported", "nothing is answered")
+                if self._questions is None
+                else self._questions.answer(request)
             )
         if self._nixl is None:
             return Refused("unsupported", "nixl is not offered here")

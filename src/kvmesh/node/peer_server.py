@@ -29,7 +29,7 @@ from kvmesh.errors import (
     StartupError,
 )
 from kvmesh.logs import LogLimiter
-from kvmesh.node.peer_answers import FollowServing, NixlServing, OfferTaking, PeerAnswers, ShmServing
+from kvmesh.node.peer_answers import Answering, FollowServing, NixlServing, OfferTaking, PeerAnswers, ShmServing
 from kvmesh.transfer.base import Deadline, Locate
 from kvmesh.transfer.coding import Coding
 from kvmesh.transfer.pool import HostPool
@@ -93,6 +93,7 @@ class PeerServer:
         security: PeerSecurity = OPEN,
         following: FollowServing | None = None,
         offers: OfferTaking | None = None,
+        questions: Answering | None = None,
         coding: Coding | None = None,
         max_connections: int = 256,
         handshake_timeout_s: float = 5.0,
@@ -115,6 +116,7 @@ class PeerServer:
             security: the cluster key and TLS, where there are any.
             following: tells peers what we hold, for those without a directory; None when nobody is to be told.
             offers: takes over the chunks of peers that are about to leave; None when that is not done here.
+            questions: answers those of a controller; None when that is not done here.
             coding: the wire codec that `ours` offers; None for none.
             max_connections: further ones take the place of idle ones, or are refused when there is none.
             handshake_timeout_s: for the first frame of a stranger.
@@ -151,6 +153,7 @@ class PeerServer:
             shm=shm,
             following=following,
             offers=offers,
+            questions=questions,
             coding=coding,
             patience=self._patience,
             idle_timeout_s=idle_timeout_s,

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import kvmesh
 from kvmesh.config import KVMeshConfig
+from kvmesh.config.values import is_loopback
 from kvmesh.core.format import Format
 from kvmesh.core.gate import Saved
 from kvmesh.core.keys import ChunkKey, short
@@ -36,6 +37,7 @@ from kvmesh.directory.outbox import Outbox
 from kvmesh.node.admin import bind_admin, serve_admin
 from kvmesh.node.answers import answer_questions
 from kvmesh.node.asker import Asker
+from kvmesh.node.bridge import Bridge
 from kvmesh.node.control import Control
 from kvmesh.node.drain import Drain
 from kvmesh.node.explainer import Neighbourhood
@@ -101,12 +103,14 @@ class Node:
         self.sharing: Sharing = Sharing.ON if sharing is Sharing.DRAINING else sharing
         self.tokenizer = tokenizer
         """Folder of the model's tokenizer; empty when nobody knows."""
-        self.control = Control()
-        self.operations = NodeOperations(self, self._listener)
         self.replica = Replica()
         self._asks = config.index_mode == "query"
         self.asker = Asker(lambda: self._directory, timeout_s=config.lookup_timeout_s, own_id=self.instance_id)
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool, ledger)
+        self._bridge = Bridge()
+        may_change = self._transports.cluster_key is not None or is_loopback(config.host)
+        self.control = Control(self._bridge, peers_may_change=may_change)
+        self.operations = NodeOperations(self, self._listener)
         self.coding = self._transports.coding
         """The wire codec; None where chunks only travel raw."""
         self.inventory = Inventory(pool, ledger, self._inventory_changed, self._transports.digest)
@@ -126,7 +130,7 @@ class Node:
             quarantine=self._quarantine,
             policy=config.gate_policy,
         )
-        self.drain = Drain(self, self._transports)
+        self.drain = Drain(self, self._transports, self._bridge)
         self._prober = Prober(self.replica, self.peers, self._transports.make, pool.chunk_bytes, self._tell_rates)
         self.server = PeerServer(
             pool,
@@ -141,6 +145,7 @@ class Node:
             security=self._transports.security,
             following=self.following,
             offers=self.drain,
+            questions=self.control,
             coding=self.coding,
         )
 
@@ -216,7 +221,7 @@ class Node:
             self.format.format_id(),
         )
         self.following.start(member)
-        self.drain.start()
+        self._bridge.start()
         tasks: list[Coroutine[None, None, None]] = []
         if self._admin is not None:
             tasks.append(serve_admin(self, self._admin))

@@ -10,6 +10,10 @@ They travel in two envelopes of `kvmesh.wire.directory`, over the sockets that a
 that meets a question it does not know can still say so (`unknown_question`), and fields that are added later do no
 harm.
 
+The node answers the same questions over its peer port (Ask and Answered of `kvmesh.wire.peer`): a controller that shows
+a directory in Redis has no other connection to it. Those that change something (CHANGES) are then answered only where
+the connection is authenticated by the cluster key, or the node is bound to loopback (`unauthorized` otherwise).
+
 Limits. A question is at most MAX_QUESTION_BYTES, a reply at most MAX_REPLY_BYTES (`reply_too_large` otherwise). A node
 answers MAX_RUNNING questions at a time and refuses the others (`busy`). A question has a deadline, `timeout_s`, after
 which the node may drop it and the controller no longer waits. An ask_id is 16 random hexadecimal digits that nobody but
@@ -56,9 +60,9 @@ R = TypeVar("R", bound=Reply)
 class ControlError(Exception):
     """Why a question was not answered. `code` is for programs, `text` for people.
 
-    From the node: `unknown_question`, `bad_question`, `busy`, `reply_too_large`, `unsupported`, `failed`; handlers add
-    their own. From the controller: `unknown_instance`, `question_too_large`, `too_many_questions`, `unreachable`,
-    `lost`, `deadline`, `bad_reply`, `stopping`.
+    From the node: `unknown_question`, `bad_question`, `busy`, `reply_too_large`, `unsupported`, `unauthorized`,
+    `failed`; handlers add their own. From the controller: `unknown_instance`, `question_too_large`,
+    `too_many_questions`, `unreachable`, `lost`, `deadline`, `bad_reply`, `stopping`.
     """
 
     def __init__(self, code: str, text: str) -> None:
@@ -215,6 +219,8 @@ AnyQuestion = (
     | WhyMissed
     | HaveSeen
 )
+CHANGES = (StartOperation, ChangeSharing)
+"""Questions that have something done."""
 AnyReply = Pong | Told | SharingIs | KeysAre | Inspected | RequestList | Explained | Missed | Seen
 
 

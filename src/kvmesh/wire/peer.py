@@ -63,6 +63,11 @@ Handing over
      |-- Offer(keys, seconds) ------------->|   the holder of these is about to leave, and nobody else has them
      |<------------ Accepted or Refused ----|   Accepted: the other side's engine is going to fetch them, if it can
 
+Questions
+
+     |-- Ask(question) -------------------->|   of a controller that shows a directory in Redis: no node connects to it
+     |<------------ Answered(reply) --------|   or with an error instead, as in `kvmesh.wire.control`
+
 Besides: Lookup/Held (direct lookup, when no directory is reachable), Ping/Pong (is the peer's process alive?) and
 Follow, after which the conversation is another one (`kvmesh.wire.follow`).
 
@@ -87,7 +92,8 @@ from kvmesh.core.format import FieldDifference, Format, differences
 from kvmesh.core.keys import KEY_MAX_BYTES, KEY_MIN_BYTES
 from kvmesh.core.ledger import CHECKSUM_BYTES
 from kvmesh.wire.auth import MAC_BYTES, PROOF_BYTES, Kind, MacChain
-from kvmesh.wire.directory import Member
+from kvmesh.wire.control import MAX_TIMEOUT_S
+from kvmesh.wire.directory import MAX_REQUEST_BYTES, AskError, Member
 
 PROTOCOL_VERSION = 1
 FRAME_LIMIT_BYTES = 1 << 20
@@ -218,6 +224,13 @@ class Offer(Message, frozen=True):
     """So long they can be fetched."""
 
 
+class Ask(Message, frozen=True):
+    """A question of `kvmesh.wire.control`."""
+
+    question: Annotated[bytes, Meta(max_length=FRAME_LIMIT_BYTES)]
+    timeout_s: Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_S)]
+
+
 class SlotGeneration(msgspec.Struct, frozen=True, array_like=True):
     slot: Word
     generation: Word
@@ -247,6 +260,14 @@ class Pong(Message, frozen=True):
 
 class Accepted(Message, frozen=True):
     """The chunks of an Offer will be fetched; the directory says when they are held."""
+
+
+class Answered(Message, frozen=True):
+    """The answer to an Ask."""
+
+    reply: Annotated[bytes, Meta(max_length=MAX_REQUEST_BYTES)]
+    """Empty with an error."""
+    error: AskError | None = None
 
 
 class NixlMetadata(Message, frozen=True):
@@ -290,8 +311,8 @@ class Validated(Message, frozen=True):
     """16 bytes: VALID. Empty: STALE."""
 
 
-Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate | ShmAttach | Offer
-Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated | ShmAttached | Accepted
+Request = Get | Lookup | Follow | Ping | NixlAttach | Resolve | Validate | ShmAttach | Offer | Ask
+Answer = Refused | Held | Pong | NixlMetadata | Resolved | Validated | ShmAttached | Accepted | Answered
 Greeting = Hello | Refused
 Proven = Proof | Refused
 UNAUTHENTICATED = "unauthenticated"

@@ -9,6 +9,7 @@ import pytest
 
 from kvmesh.controller.asks import MAX_PER_INSTANCE, Asks
 from kvmesh.controller.instances import Peer
+from kvmesh.controller.peer_asks import PeerAsks
 from kvmesh.controller.registry import Registry, SendFailure
 from kvmesh.wire import control
 from kvmesh.wire import directory as wire
@@ -26,7 +27,7 @@ class World:
         self.registry = Registry(incarnation="c" * 16, heartbeat_interval_s=1.0, instance_timeout_s=3.0)
         self.sent: list[wire.Ask] = []
         self.failure: SendFailure | None = None
-        self.asks = Asks(self.registry, self._send)
+        self.asks = Asks(self.registry, self._send, PeerAsks())
         self.member = make_member("a")
         self.registry.on_request(wire.Register(self.member), PEER, 0.0)
 

@@ -18,6 +18,7 @@ from kvmesh.controller.instances import Peer
 from kvmesh.controller.operation_bodies import OperationBody
 from kvmesh.controller.operation_runs import share_out
 from kvmesh.controller.operations import MAX_KEPT, MAX_RUNNING, Operation, Operations
+from kvmesh.controller.peer_asks import PeerAsks
 from kvmesh.controller.rates import RateMeter
 from kvmesh.controller.registry import Registry
 from kvmesh.wire import control
@@ -36,7 +37,7 @@ class World:
 
     def __init__(self) -> None:
         self.registry = Registry(incarnation="c" * 16, heartbeat_interval_s=1.0, instance_timeout_s=60.0)
-        self.asks = Asks(self.registry, self._send)
+        self.asks = Asks(self.registry, self._send, PeerAsks())
         self.held: dict[str, dict[bytes, None]] = {}
         self.sequences: dict[str, int] = {}
         self.told: list[tuple[str, str]] = []
