@@ -80,6 +80,7 @@ def test_requests_are_explained(tmp_path: Path) -> None:
             running_engine(make_config(None, "holder", **quick)) as holder,
             running_engine(make_config(None, "reader", **quick)) as reader,
         ):
+            wait_for(lambda: reader.node.state.directory_connected)
             holder.put(KEYS[:6])
             assert reader.wait_visible(KEYS[:6], 20)
             assert reader.get(KEYS[:8], request_id="cmpl-redis-0").fetched == 6

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
+from kvmesh import tasks
 from kvmesh.tasks import run_all
 
 
@@ -36,6 +38,21 @@ async def test_whoever_cancels_it_waits_for_what_all_do_at_their_end() -> None:
     with pytest.raises(asyncio.CancelledError):
         await work
     assert [one.said for one in goodbyes] == [True, True]
+
+
+async def test_one_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "AGAIN_S", 0.02)
+
+    async def lose() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await _for_ever()
+        await _for_ever()
+
+    work = asyncio.ensure_future(run_all(lose(), _for_ever()))
+    await asyncio.sleep(0.01)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(work, 10)
 
 
 async def test_one_that_fails_ends_the_others() -> None:

@@ -190,6 +190,9 @@ def make_controller_config(
     if tls_ca_file is not None and tls_cert_file is None:
         expected = "--tls-cert-file and --tls-key-file of this CA, which nodes ask for"
         problems.append(ConfigProblem("--tls-ca-file", "flag", expected, "none"))
+    if tls_ca_file is not None and lookup_url is None:
+        hint = "nodes that register with a controller prove the cluster key on its own sockets"
+        problems.append(ConfigProblem("--lookup-url", "flag", "a Redis, as --tls-ca-file is there", "none", hint))
     if problems:
         _refuse(problems)
     return ControllerConfig(

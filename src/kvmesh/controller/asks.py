@@ -135,6 +135,8 @@ class Asks:
             answered = await self._peers.ask(instance.member, ask.question, ask.timeout_s)
         except ControlError as error:
             _fail(waiting, error)
+        except Exception as error:  # a bug of ours costs this question
+            _fail(waiting, ControlError("unreachable", repr(error)))
         else:
             self.on_answer(wire.Answer(ask.instance_id, ask.incarnation, ask.ask_id, answered.reply, answered.error))
 
@@ -160,7 +162,7 @@ class Asks:
 _CODES = frozenset(
     (
         *("unknown_instance", "question_too_large", "too_many_questions", "unreachable", "lost", "deadline"),
-        *("bad_reply", "stopping", "unknown_question", "busy"),
+        *("bad_reply", "stopping", "unknown_question", "busy", "unauthorized"),
     )
 )
 """Codes that are counted by name; a node can make up others."""

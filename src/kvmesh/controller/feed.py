@@ -254,10 +254,12 @@ class Feed:
                 self._failures[failure.value] += 1
                 full.add(peer)
                 self._registry.on_send_failed(peer, send, failure, now_s)
-        for name in touched:
+        for name in touched & self._intakes.keys():
             self._intakes[name].wake()
 
     def _send_one(self, peer: Peer, payload: bytes | zmq.Frame, *, copy: bool) -> SendFailure | None:
+        if not peer.is_connected:
+            return SendFailure.GONE
         try:
             router = self._routers[peer.socket]  # as `send_multipart` does it, which takes twice as long
             router.send(peer.routing_id, _MORE)  # room for one is room for both

@@ -12,9 +12,9 @@ from kvmesh.core.format import FieldDifference, Format
 from kvmesh.core.replica import Replica
 from kvmesh.wire.directory import Member, NodeStatistics, Notice
 
-SocketName = Literal["reply", "heartbeat"]
+SocketName = Literal["reply", "heartbeat", "redis"]
+"""`redis`: none; the instance is known from Redis and not connected to us."""
 State = Literal["up", "suspect"]
-_REDIS = b"redis:"
 DownReason = Literal["left", "timeout", "replaced"]
 
 
@@ -27,11 +27,11 @@ class Peer(NamedTuple):
     @classmethod
     def of_redis(cls, instance_id: str) -> Peer:
         """What stands for the connection of an instance that is known from Redis, and has none to us."""
-        return cls("reply", _REDIS + instance_id.encode())
+        return cls("redis", instance_id.encode())
 
     @property
     def is_connected(self) -> bool:
-        return not self.routing_id.startswith(_REDIS)
+        return self.socket != "redis"
 
 
 class Send(NamedTuple):

@@ -13,7 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from kvmesh.errors import KVMeshError, PeerCancelledError, PeerClosedError, PeerTimeoutError
+from kvmesh.errors import KVMeshError, PeerCancelledError, PeerClosedError, PeerReadError, PeerTimeoutError
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerLink, PeerTarget
 from kvmesh.transfer.security import OPEN, PeerSecurity
@@ -43,11 +43,19 @@ class PeerAsks:
         """One question and its answer, which may be an error of the node's. Raises ControlError."""
         if len(question) + ENVELOPE_BYTES > FRAME_LIMIT_BYTES:
             raise ControlError("question_too_large", f"a question of {len(question)} bytes")
+        mine: list[PeerLink] = []
+        loop = asyncio.get_running_loop()
         try:
-            asking = asyncio.get_running_loop().run_in_executor(self._threads, self._ask, member, question, timeout_s)
-        except RuntimeError:
-            raise ControlError("stopping", "the controller is stopping") from None
-        return await asking
+            asking = loop.run_in_executor(self._threads, self._ask, member, question, timeout_s, mine)
+        except RuntimeError as error:  # no thread to be had, or none any more
+            raise ControlError("stopping" if self._closed else "unreachable", str(error)) from None
+        try:
+            return await asking
+        except asyncio.CancelledError:  # nobody waits any more: the thread is not to, either
+            with self._lock:
+                for link in mine:
+                    link.shut_down()
+            raise
 
     def close(self) -> None:
         """End all questions that are out."""
@@ -57,12 +65,10 @@ class PeerAsks:
                 link.shut_down()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, member: Member, question: bytes, timeout_s: float) -> Answered:
-        """In a thread."""
+    def _ask(self, member: Member, question: bytes, timeout_s: float, mine: list[PeerLink]) -> Answered:
+        """In a thread. Puts its connection into `mine` while there is one."""
         until_s = time.monotonic() + timeout_s
-        target = PeerTarget(
-            member.instance_id, member.incarnation, member.peer_host, member.peer_port, member.transports
-        )
+        target = PeerTarget.of(member)
         ours = Hello.of("controller", self._incarnation, member.format, transports=(), pid=os.getpid())
         try:
             connecting = Deadline(min(until_s, time.monotonic() + CONNECT_S), CONNECT_S)
@@ -72,16 +78,18 @@ class PeerAsks:
                     if self._closed:
                         raise ControlError("stopping", "the controller is stopping")
                     self._links.add(link)
+                    mine.append(link)
                 return link.request(Ask(question, timeout_s), Answered, Deadline(until_s, timeout_s))
             finally:
                 with self._lock:
                     self._links.discard(link)
+                    mine.clear()
                 link.close()
         except PeerCancelledError:
             raise ControlError("stopping", "the controller is stopping") from None
         except PeerTimeoutError as error:
             raise ControlError("deadline", str(error)) from None
-        except PeerClosedError as error:
+        except (PeerClosedError, PeerReadError) as error:
             text = f"{error}: it ended meanwhile, or its kvmesh ({member.version}) is too old to be asked"
             raise ControlError("unreachable", text) from None
         except KVMeshError as error:

@@ -72,6 +72,10 @@ class Outbox:
         """Everything published now."""
         return self._source.keys()
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a chunk is published now."""
+        return key in self._source
+
     def repeat(self, keys: Iterable[bytes]) -> None:
         """Tell these keys once more with the next changes, as far as they are published then: a directory could not
         take them before.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from kvmesh.directory.redis_answers import pairs
 from kvmesh.directory.redis_link import Argument, RedisLink
@@ -30,22 +31,34 @@ SETTLED_S = 30.0
 """Who is no member after so long of following is none."""
 
 
+class Published(Protocol):
+    """An instance's chunks (`kvmesh.directory.outbox`)."""
+
+    def keys(self) -> Sequence[bytes]:
+        """Everything published now."""
+        ...
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a chunk is."""
+        ...
+
+
 class IndexWriter:
     """One publisher's part of the index. Every method raises RedisTrouble."""
 
-    def __init__(
-        self, link: RedisLink, layout: Layout, member: wire.Member, keys: Callable[[], Sequence[bytes]]
-    ) -> None:
-        """`keys` gives everything published now."""
+    def __init__(self, link: RedisLink, layout: Layout, member: wire.Member, published: Published) -> None:
+        """`published`: what there is to be said."""
         self._link = link
         self._layout = layout
         self._format_id = member.format.format_id()
         self._id, self._incarnation = member.instance_id, member.incarnation
-        self._keys = keys
+        self._published = published
         self._is_on = False
         self._unsaid: dict[bytes, None] = {}
         """Not in the index yet: all when somebody has begun to ask, later what Redis did not take."""
         self._renewing: list[bytes] = []
+        self._renewed = 0
+        """Keys in that list at first."""
 
     async def beat(self, interval_s: float) -> None:
         """Look whether somebody asks; say some chunks again, or all when somebody has begun to ask."""
@@ -57,16 +70,18 @@ class IndexWriter:
             return
         if started:
             log.info("other nodes ask who holds what; writing our chunks for them")
-            self._unsaid = dict.fromkeys(self._keys())
+            self._unsaid = dict.fromkeys(self._published.keys())
         if self._unsaid:
             await self._put(list(self._unsaid))
             return
-        published = dict.fromkeys(self._keys())
         if not self._renewing:
-            self._renewing = list(published)
-        share = int(len(published) * RENEWALS * interval_s / INDEX_TTL_S) + 1
+            self._renewing = list(self._published.keys())
+            self._renewed = len(self._renewing)
+        share = int(self._renewed * RENEWALS * interval_s / INDEX_TTL_S) + 1
         part, self._renewing = self._renewing[:share], self._renewing[share:]
-        await self._put([key for key in part if key in published])  # others have been evicted since they were listed
+        await self._put(
+            [key for key in part if key in self._published]
+        )  # others have been evicted since they were listed
 
     async def apply(self, batch: wire.Changes) -> None:
         """Changes that have just been published."""
@@ -81,7 +96,7 @@ class IndexWriter:
     async def withdraw(self) -> None:
         """Take everything of ours out."""
         if self._is_on:
-            await self._take_out(self._keys())
+            await self._take_out(self._published.keys())
 
     async def _take_out(self, keys: Sequence[bytes]) -> None:
         for part in _parts(keys):

@@ -113,7 +113,7 @@ class RedisPublisher:
         self._timeout_s = instance_timeout_s
         self._member_count = member_count
         self._says_so = says_so
-        self._index = IndexWriter(link, layout, member, outbox.keys)
+        self._index = IndexWriter(link, layout, member, outbox)
         self._shared_ttl_ms = int(1000 * max(SHARED_TTL_S, 3 * instance_timeout_s))
         self._set_ttl_ms = int(1000 * 3 * instance_timeout_s)
         self._sequence = 0
@@ -125,6 +125,8 @@ class RedisPublisher:
         self._in_doubt = False
         """The answer to the batch after that was lost."""
         self._joined = self._ever_joined = self._has_left = False
+        self._entered = False
+        """Redis may know us: a registration has been sent."""
         self._wake = asyncio.Event()
         """Ends the wait for the next heartbeat."""
         self._pending = asyncio.Event()
@@ -156,10 +158,10 @@ class RedisPublisher:
         """Take everything of ours out, and do not come back. Raises RedisTrouble."""
         self._has_left = True
         async with self._order:
-            if self._joined:
+            if self._entered:
                 keys = (self._keys.members, self._keys.state, self._keys.beats, self._keys.who, self._keys.statistics)
                 await self._run(LEAVE, (*keys, self._set), MAX_LOG_ENTRIES)
-                self._joined = False
+                self._joined = self._entered = False
                 await self._index.withdraw()  # last: nobody believes it of an instance that is no member
 
     # -- heartbeats ----------------------------------------------------------------------------------------------------
@@ -284,6 +286,7 @@ class RedisPublisher:
     async def _join(self) -> None:
         """Register and bring the whole inventory. Raises RedisTrouble."""
         keys = self._keys
+        self._entered = True
         answer = await self._run(
             JOIN,
             (keys.epoch, keys.members, keys.state, keys.beats, keys.who, self._set),

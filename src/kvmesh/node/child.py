@@ -20,7 +20,7 @@ from kvmesh.wire.framing import LENGTH_BYTES, pack_frame, parse_length
 log = logging.getLogger("kvmesh.handle")
 
 START_TIMEOUT_S = 60.0
-GENTLE_S = 2.0
+GENTLE_S = 3.0
 """How long a node may take to say good-bye to the directory."""
 
 

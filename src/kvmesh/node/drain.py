@@ -142,9 +142,7 @@ class Drain:
     def _offer(self, member: Member, keys: Sequence[bytes], until_s: float) -> bool:
         """Whether this peer takes these. In a thread."""
         deadline = Deadline(until_s, STALL_S)
-        target = PeerTarget(
-            member.instance_id, member.incarnation, member.peer_host, member.peer_port, member.transports
-        )
+        target = PeerTarget.of(member)
         try:
             link = PeerLink.dial(target, self._transports.hello, deadline, self._transports.security)
             try:

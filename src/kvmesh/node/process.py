@@ -108,8 +108,8 @@ class Node:
         self.asker = Asker(lambda: self._directory, timeout_s=config.lookup_timeout_s, own_id=self.instance_id)
         self._transports = Transports(config, kv_format, self.instance_id, self.incarnation, pool, ledger)
         self._bridge = Bridge()
-        may_change = self._transports.cluster_key is not None or is_loopback(config.host)
-        self.control = Control(self._bridge, peers_may_change=may_change)
+        trusts = self._transports.cluster_key is not None or is_loopback(config.host)
+        self.control = Control(self._bridge, trusts_peers=trusts)
         self.operations = NodeOperations(self, self._listener)
         self.coding = self._transports.coding
         """The wire codec; None where chunks only travel raw."""
@@ -234,6 +234,7 @@ class Node:
     def close(self) -> None:
         """End all threads and connections. Fetches that run end as misses."""
         self._closing.set()
+        self._bridge.close()  # or the server would wait for threads that wait for this loop
         self.server.close()
         self.fetcher.close()
         for peer in list(self.peers):

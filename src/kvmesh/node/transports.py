@@ -83,9 +83,7 @@ class Transports:
 
     def make(self, member: Member, pool: HostPool | None = None) -> PeerTransport:
         """The transport towards one member, into the node's pool or another one; connects nowhere yet."""
-        target = PeerTarget(
-            member.instance_id, member.incarnation, member.peer_host, member.peer_port, tuple(member.transports)
-        )
+        target = PeerTarget.of(member)
         chosen = choose(
             self._channel,
             target,

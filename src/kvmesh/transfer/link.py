@@ -17,6 +17,7 @@ from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.security import OPEN, PeerSecurity
 from kvmesh.transfer.stream import PeerStream
 from kvmesh.wire.auth import PeerKey, Role
+from kvmesh.wire.directory import Member
 from kvmesh.wire.peer import (
     FRAME_LIMIT_BYTES,
     HELLO_LIMIT_BYTES,
@@ -49,6 +50,11 @@ class PeerTarget(NamedTuple):
     host: str
     port: int
     transports: tuple[str, ...] = ("tcp",)
+
+    @classmethod
+    def of(cls, member: Member) -> PeerTarget:
+        """As the directory names it."""
+        return cls(member.instance_id, member.incarnation, member.peer_host, member.peer_port, tuple(member.transports))
 
     def __str__(self) -> str:
         return f"{self.instance_id} at {self.host}:{self.port}"

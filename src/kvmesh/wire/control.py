@@ -11,8 +11,8 @@ that meets a question it does not know can still say so (`unknown_question`), an
 harm.
 
 The node answers the same questions over its peer port (Ask and Answered of `kvmesh.wire.peer`): a controller that shows
-a directory in Redis has no other connection to it. Those that change something (CHANGES) are then answered only where
-the connection is authenticated by the cluster key, or the node is bound to loopback (`unauthorized` otherwise).
+a directory in Redis has no other connection to it. A node that has no cluster key and listens beyond loopback answers
+only OPEN_QUESTIONS there (`unauthorized` otherwise), and without the Probe, which helps to tell what a prompt was.
 
 Limits. A question is at most MAX_QUESTION_BYTES, a reply at most MAX_REPLY_BYTES (`reply_too_large` otherwise). A node
 answers MAX_RUNNING questions at a time and refuses the others (`busy`). A question has a deadline, `timeout_s`, after
@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmesh.wire import explain
-from kvmesh.wire.directory import MAX_REQUEST_BYTES, Ask, AskError, Count, Key, Name, Seconds
+from kvmesh.wire.directory import MAX_REQUEST_BYTES, AskError, Count, Key, Name, Seconds
 from kvmesh.wire.operations import MAX_HOT, AnyCommand, OperationId, Report, Sharing
 
 MAX_QUESTION_BYTES = 1024 * 1024
@@ -219,8 +219,8 @@ AnyQuestion = (
     | WhyMissed
     | HaveSeen
 )
-CHANGES = (StartOperation, ChangeSharing)
-"""Questions that have something done."""
+OPEN_QUESTIONS = (Ping, Inspect, ListRequests, ExplainRequest, WhyMissed)
+"""What anybody may ask who reaches a node without a cluster key: nothing is done for them, by the engine least."""
 AnyReply = Pong | Told | SharingIs | KeysAre | Inspected | RequestList | Explained | Missed | Seen
 
 
@@ -244,14 +244,14 @@ def encode_question(question: Question) -> bytes:
     return encoded
 
 
-def decode_question(ask: Ask, *, version: str) -> AnyQuestion:
+def decode_question(encoded: bytes, *, version: str) -> AnyQuestion:
     """What is asked. Raises ControlError for what this version of kvmesh does not know or take."""
     try:
-        name = _tag_decoder.decode(ask.question).type
+        name = _tag_decoder.decode(encoded).type
         if name not in _QUESTIONS:
             text = f"this node (kvmesh {version}) does not know the question {name!r}: run the controller's version"
             raise ControlError("unknown_question", text)
-        question: AnyQuestion = question_decoder.decode(ask.question)
+        question: AnyQuestion = question_decoder.decode(encoded)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise ControlError("bad_question", str(error)[:500]) from None
     return question

@@ -66,7 +66,7 @@ async def test_a_reply(world: World) -> None:
     await asked(world)
     ask = world.sent[0]
     assert (ask.instance_id, ask.incarnation, ask.timeout_s) == ("a", world.member.incarnation, 10.0)
-    assert control.decode_question(ask, version="0") == Ping()
+    assert control.decode_question(ask.question, version="0") == Ping()
     assert world.answer(ask)
     assert await task == Pong(version="1.0")
     assert world.asks.outstanding() == 0

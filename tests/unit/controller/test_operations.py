@@ -70,7 +70,7 @@ class World:
 
     def _answer(self, ask: wire.Ask) -> None:
         name = ask.instance_id
-        question = control.decode_question(ask, version="1")
+        question = control.decode_question(ask.question, version="1")
         refusal = self.refusals.get((name, type(question).__name__))
         if refusal is not None:
             self.asks.on_answer(wire.Answer(name, ask.incarnation, ask.ask_id, b"", control.make_error(refusal)))

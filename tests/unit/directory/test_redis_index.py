@@ -44,8 +44,14 @@ class World:
     def __init__(self) -> None:
         self.link, self.layout, self.member = Link(), Layout("c"), make_member("me")
         self.published = list(KEYS)
-        self.writer = IndexWriter(self.link, self.layout, self.member, lambda: self.published)  # type: ignore[arg-type]
+        self.writer = IndexWriter(self.link, self.layout, self.member, self)  # type: ignore[arg-type]
         self._sequence = 0
+
+    def keys(self) -> list[bytes]:
+        return self.published
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.published
 
     def names(self, keys: Sequence[bytes]) -> set[Argument]:
         return {self.layout.holders(self.member.format.format_id(), key) for key in keys}

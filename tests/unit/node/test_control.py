@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import msgspec
 
 from kvmesh.node.bridge import Bridge
 from kvmesh.node.control import Control
 from kvmesh.wire import control, peer
+from kvmesh.wire import explain as told
 from kvmesh.wire.control import ChangeSharing, ControlError, Ping, Pong, SharingIs
-from kvmesh.wire.directory import Answer, Ask
+from kvmesh.wire.directory import Answer, Ask, AskError
 from kvmesh.wire.operations import Sharing
 
 
-def make_control(*, peers_may_change: bool = True) -> Control:
-    return Control(Bridge(), peers_may_change=peers_may_change)
+def make_control() -> Control:
+    return Control(Bridge(), trusts_peers=True)
 
 
 WHO = ("a", "0" * 16, "1" * 16)
@@ -107,11 +109,11 @@ async def test_only_so_many_at_a_time() -> None:
 async def test_questions_over_the_peer_port() -> None:
     """Answered like the controller's, on the loop, for the thread of the connection."""
     bridge = Bridge()
-    made = Control(bridge, peers_may_change=False)
+    made = Control(bridge, trusts_peers=True)
     ask = peer.Ask(control.encode_question(Ping()), 5.0)
     refused = made.answer(ask)
     assert refused.error is not None
-    assert (refused.error.code, refused.error.text) == ("deadline", "this node is starting")
+    assert (refused.error.code, refused.error.text) == ("unreachable", "this node is starting")
     bridge.start()
     answered = await asyncio.to_thread(made.answer, ask)
     assert answered.error is None
@@ -130,11 +132,70 @@ async def test_who_is_not_authenticated_has_nothing_done() -> None:
         return SharingIs(sharing=question.sharing, published_chunks=0)
 
     ask = peer.Ask(control.encode_question(ChangeSharing(sharing=Sharing.DRAINED)), 5.0)
-    for may_change in (False, True):
+    for trusted in (False, True):
         bridge = Bridge()
         bridge.start()
-        made = Control(bridge, peers_may_change=may_change)
+        made = Control(bridge, trusts_peers=trusted)
         made.add(ChangeSharing, change)
         answered = await asyncio.to_thread(made.answer, ask)
-        assert (answered.error.code if answered.error else "") == ("" if may_change else "unauthorized")
+        assert (answered.error.code if answered.error else "") == ("" if trusted else "unauthorized")
     assert changed == [Sharing.DRAINED]
+
+
+async def test_who_is_not_authenticated_is_not_told_probes() -> None:
+    """They help to tell what a prompt was."""
+    found = control.ExplainedRequest(
+        explanation=told.Explanation(
+            request_id="r",
+            instance_id="a",
+            incarnation="0" * 16,
+            age_s=0,
+            wait_s=0,
+            prompt_tokens=1,
+            chunk_tokens=1,
+            chunks=0,
+            tail_tokens=1,
+            found=told.Found(),
+            summary="",
+            spans=[],
+            causes=[],
+        ),
+        probe=control.Probe(tokens_hash=b"hash"),
+    )
+
+    async def explain(_: control.ExplainRequest) -> control.Explained:
+        return control.Explained(found=[found])
+
+    for trusted in (False, True):
+        bridge = Bridge()
+        bridge.start()
+        made = Control(bridge, trusts_peers=trusted)
+        made.add(control.ExplainRequest, explain)
+        ask = peer.Ask(control.encode_question(control.ExplainRequest(request="r")), 5.0)
+        reply = control.decode_reply((await asyncio.to_thread(made.answer, ask)).reply)
+        assert isinstance(reply, control.Explained)
+        assert reply.found[0].probe.tokens_hash == (b"hash" if trusted else b"")
+
+
+async def test_the_end_of_the_node_does_not_wait_for_answers() -> None:
+    """The loop waits for the threads of its peer server, so it lets go of those that wait for it."""
+    bridge = Bridge()
+    bridge.start()
+    made = Control(bridge, trusts_peers=True)
+    asked = asyncio.Event()
+
+    async def sleep(_: Ping) -> Pong:
+        asked.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    made.add(Ping, sleep)
+    answers: list[peer.Answered] = []
+    ask = peer.Ask(control.encode_question(Ping()), 60.0)
+    thread = threading.Thread(target=lambda: answers.append(made.answer(ask)))
+    thread.start()
+    await asked.wait()
+    bridge.close()
+    thread.join(10)  # on the loop, as the node does
+    assert answers == [peer.Answered(b"", AskError("unreachable", "this node is ending"))]
+    assert made.answer(ask).error is not None
