@@ -14,11 +14,10 @@ import xxhash
 
 from kvmesh.core.reasons import MissReason
 from kvmesh.node.peer_server import PeerServer
-from kvmesh.transfer import tcp
+from kvmesh.transfer import pull, tcp
 from kvmesh.transfer.base import Deadline
 from kvmesh.transfer.link import PeerTarget
 from kvmesh.transfer.pool import HostPool
-from kvmesh.transfer.pull import RUN_BYTES
 from kvmesh.transfer.tcp import TcpTransport
 from kvmesh.wire import peer
 from kvmesh.wire.framing import pack_frame
@@ -35,6 +34,7 @@ from support.transfer_holder import (
 )
 
 CHUNKS, CHUNK_BYTES = 24, 1 << 20
+RUN_BYTES = 4 << 20
 UNTOUCHED = b"\xa5" * CHUNK_BYTES
 
 
@@ -91,9 +91,11 @@ def fetching(pool, whom, ours=None, **options):
 def many_connections(monkeypatch):
     """As for a fetch of hundreds of MiB."""
     monkeypatch.setattr(tcp, "BYTES_PER_CONNECTION", RUN_BYTES)
+    monkeypatch.setattr(pull, "RUN_BYTES", RUN_BYTES)
+    monkeypatch.setattr(pull, "AHEAD_BYTES", RUN_BYTES)
 
 
-@pytest.mark.parametrize(("chunks_per_connection", "helpers"), [(CHUNKS + 1, 0), (CHUNKS, 1), (1, 2)])
+@pytest.mark.parametrize(("chunks_per_connection", "helpers"), [(CHUNKS, 0), (CHUNKS - 1, 1), (1, 2)])
 def test_a_large_fetch_has_more_connections(store, pool, monkeypatch, chunks_per_connection, helpers):
     monkeypatch.setattr(tcp, "BYTES_PER_CONNECTION", chunks_per_connection * CHUNK_BYTES)
     started = []
@@ -362,6 +364,24 @@ def test_a_later_chunks_lie_leaves_the_prefix_usable(pool):
         outcomes = transport.fetch(items(CHUNKS), soon())
     assert reasons(outcomes) == [None] + [MissReason.PROTOCOL] * (CHUNKS - 1)
     assert bytes(pool.row(0)) == DATA
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (header(length=0, status=peer.ChunkStatus.GONE), MissReason.EVICTED),
+        (header() + DATA + trailer(verdict=peer.Verdict.STALE) + header(position=1), MissReason.STALE),
+    ],
+)
+def test_what_comes_behind_a_hole_is_not_waited_for(pool, caplog, first, reason):
+    """Over a slow link it would take many seconds. The peer is not to blame, and has another connection next time."""
+    with Liar(lie(first)) as liar, fetching(pool, target(liar.port), connections=1) as transport:
+        started_s = time.monotonic()
+        outcomes = transport.fetch(items(CHUNKS), soon(60, 60))
+        assert time.monotonic() - started_s < 20
+        assert reasons(outcomes) == [reason] + [MissReason.TRUNCATED] * (CHUNKS - 1)
+        assert (transport.statistics().connections, transport.statistics().last_error) == (0, "")
+        assert "peer failed" not in caplog.text
 
 
 @pytest.mark.parametrize(
