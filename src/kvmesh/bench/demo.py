@@ -51,7 +51,6 @@ def run_demo(*, once: bool, as_json: bool, model: Path | None, channel: str, log
     start.
     """
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end everything in good order
     try:
         with contextlib.ExitStack() as stack:
             folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmesh-demo-")))

@@ -4,6 +4,7 @@ is quick.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,7 @@ TRY, RUN, LOOK = "See whether it works", "Run", "Look at a cluster, operate it"
 
 def main() -> None:
     """Entry point: our own errors are one readable message and an exit status (see `shared`), never a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended in good order
     try:
         app()
     except KVMeshError as error:
