@@ -293,7 +293,7 @@ class DeclaredKeys(BaseModel):
     )
     fetch_connections: int = key(
         2,
-        "TCP connections that one fetch spreads over at most: one, and a further one for every 32 MiB.",
+        "TCP connections that one fetch spreads over at most: one for every 128 MiB.",
         allowed="a whole number from 1 to 64",
         ge=1,
         le=64,
