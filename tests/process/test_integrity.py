@@ -50,7 +50,8 @@ def test_a_chunk_gone_bad_is_a_miss_and_its_holder_is_not_asked_again(
     slot = holder._slots[KEYS[3]]
     holder.pool.row(slot)[100] ^= 1  # one bit of the holder's memory
     got = reader.get(KEYS)
-    assert (got.fetched, got.wrong) == (7, 0)
+    assert 3 <= got.fetched <= 7, "what comes behind it is not waited for"
+    assert got.wrong == 0
     assert got.misses[MissReason.CORRUPT] == 1
     wait_until(lambda: not reader.node.is_visible(KEYS[3]))
     assert reader.get(KEYS[3:4]).misses == {MissReason.NOT_PUBLISHED: 1}, "it costs no second request"

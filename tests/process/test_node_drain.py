@@ -90,6 +90,7 @@ def test_others_take_over_and_it_leaves(pools: list[OperatedStandIn]) -> None:
         with pool.lock:
             pool.engine.put(keys)
     wait_for(lambda: int(published(leaver.engine)) == len(KEYS) and int(published(left.engine)) == 2)
+    assert leaver.engine.wait_visible(KEYS[:2], 20)
     run = CliRunner()
     environment = {"KVMESH_CLUSTER_KEY": KEY_TEXT}
     command = ["ops", "drain", "leaver", "--yes", "--json", "--within", "30s", "--node"]

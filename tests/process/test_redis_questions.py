@@ -89,6 +89,7 @@ def test_requests_are_explained(tmp_path: Path) -> None:
             assert one["found"]["peer"] == 6
             assert one["causes"][0]["reason"] == MissReason.NOT_PUBLISHED
             holder.get([KEYS[8]], request_id="earlier")
+            explained(client, "earlier")
             reader.get([KEYS[8]], request_id="later")
             asked = wait_for(lambda: explained(client, "later")["causes"][0]["detail"].get("asked_at"))
             assert asked == "holder", "what the other one knows is asked, too"

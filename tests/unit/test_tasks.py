@@ -33,7 +33,7 @@ async def test_whoever_cancels_it_waits_for_what_all_do_at_their_end() -> None:
     """Also where it stands within another one."""
     goodbyes = [Goodbye(), Goodbye()]
     work = asyncio.ensure_future(run_all(_for_ever(), goodbyes[0].run(), run_all(_for_ever(), goodbyes[1].run())))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
@@ -49,7 +49,7 @@ async def test_one_that_loses_its_cancellation_is_cancelled_again(monkeypatch: p
         await _for_ever()
 
     work = asyncio.ensure_future(run_all(lose(), _for_ever()))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(work, 10)

@@ -413,7 +413,8 @@ class ControllerClient:
         self._listener.on_connection(connected)
 
     async def _leave(self) -> None:
-        if self._registered and self._member is not None:
+        """Also while the registration is not answered yet; a controller that knows nothing of us passes over it."""
+        if self._member is not None and not self._has_left:
             self._send(self._dealer, wire.Leave(self._member.instance_id, self._member.incarnation))
 
     def _send(self, socket: zmq.asyncio.Socket, message: wire.Message) -> bool:

@@ -100,7 +100,8 @@ async def test_answers_over_a_closed_connection_end_nothing():
 
 async def test_members_that_come_together_share_one_snapshot(monkeypatch):
     """A crowd costs one encoding of each inventory, not one for each of them: requests for it gather for a moment."""
-    monkeypatch.setattr(feed_module, "SNAPSHOT_PAUSE_S", 1.0)
+    monkeypatch.setattr(feed_module, "SNAPSHOT_PAUSE_S", 3.0)
+    monkeypatch.setattr(feed_module, "LONGEST_GATHERING_S", 3.0)
     async with running_feed() as (feed, registry, dealer):
         holder, keys = make_member("holder"), make_keys(1000)
         await ask(dealer, wire.Register(holder))

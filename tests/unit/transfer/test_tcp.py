@@ -93,6 +93,7 @@ def many_connections(monkeypatch):
     monkeypatch.setattr(tcp, "BYTES_PER_CONNECTION", RUN_BYTES)
     monkeypatch.setattr(pull, "RUN_BYTES", RUN_BYTES)
     monkeypatch.setattr(pull, "AHEAD_BYTES", RUN_BYTES)
+    monkeypatch.setattr(pull, "REST_S", 10.0)
 
 
 @pytest.mark.parametrize(("chunks_per_connection", "helpers"), [(CHUNKS, 0), (CHUNKS - 1, 1), (1, 2)])
@@ -373,8 +374,9 @@ def test_a_later_chunks_lie_leaves_the_prefix_usable(pool):
         (header() + DATA + trailer(verdict=peer.Verdict.STALE) + header(position=1), MissReason.STALE),
     ],
 )
-def test_what_comes_behind_a_hole_is_not_waited_for(pool, caplog, first, reason):
+def test_what_comes_behind_a_hole_is_not_waited_for(pool, caplog, monkeypatch, first, reason):
     """Over a slow link it would take many seconds. The peer is not to blame, and has another connection next time."""
+    monkeypatch.setattr(pull, "REST_S", 0.05)
     with Liar(lie(first)) as liar, fetching(pool, target(liar.port), connections=1) as transport:
         started_s = time.monotonic()
         outcomes = transport.fetch(items(CHUNKS), soon(60, 60))
