@@ -79,9 +79,8 @@ class IndexWriter:
             self._renewed = len(self._renewing)
         share = int(self._renewed * RENEWALS * interval_s / INDEX_TTL_S) + 1
         part, self._renewing = self._renewing[:share], self._renewing[share:]
-        await self._put(
-            [key for key in part if key in self._published]
-        )  # others have been evicted since they were listed
+        still_held = [key for key in part if key in self._published]  # others have been evicted since they were listed
+        await self._put(still_held)
 
     async def apply(self, batch: wire.Changes) -> None:
         """Changes that have just been published."""

@@ -398,7 +398,7 @@ def unpack_bits(bitmap: bytes, count: int) -> list[bool]:
 
 # -- chunks ------------------------------------------------------------------------------------------------------------
 
-# Both have 64 bytes, so that payloads begin at whole cache lines of the stream: the kernel copies them a tenth cheaper.
+# Both have 64 bytes: payloads begin at whole cache lines of the stream, and the kernel copies them a little cheaper.
 _NO_MAC = bytes(MAC_BYTES)
 _HEADER = struct.Struct(f"<4sBxHIQ28x{MAC_BYTES}s")  # magic, status, position, request, length, mac
 _TRAILER = struct.Struct(f"<4sBxHI{CHECKSUM_BYTES}s20x{MAC_BYTES}s")  # magic, verdict, position, request, checksum, mac
